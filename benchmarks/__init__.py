@@ -1,0 +1,1 @@
+"""Speed, measured: the paged engine beside an unpaged baseline, on the same requests."""

@@ -1,0 +1,185 @@
+"""The unpaged baseline: static batches over a cache that reserves every row's longest length.
+
+It is what a good implementation without paging does, and as fast as we could make it: the claims
+of this repository are measured against it. A batch takes the next prompts in order of arrival
+(lengths of answers are not known beforehand, so nothing is sorted), and ends with its last row.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int32
+
+from benchmarks import baseline_model
+from benchmarks.baseline_model import Caches, Params
+from jpaged_models import ModelConfig
+
+# Prompts are padded to the next of these: on average a fifth of a prefill is padding.
+PROMPT_LENS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """What the device knows of a batch's rows; a row of length 0 has ended or was never used."""
+
+    tokens: Int32[Array, " B"]  # the newest of each, not in the cache yet
+    lens: Int32[Array, " B"]  # tokens in the cache
+    remaining: Int32[Array, " B"]  # tokens it may still generate
+
+
+class Baseline:
+    """Generates greedily in batches of `num_rows`, each row with `reserved` tokens of cache.
+
+    The caches and the rows are donated to every program and rebound from it. A program is
+    compiled per padded prompt length, and one for decoding; `warm_up` compiles them all.
+    """
+
+    def __init__(
+        self, config: ModelConfig, params: Params, *, num_rows: int, reserved: int
+    ) -> None:
+        baseline_model.check_family(config)
+        if min(num_rows, reserved) < 1:
+            raise ValueError(f"num_rows and reserved must be above 0, got {num_rows}, {reserved}")
+        self.config = config
+        self.params = params
+        self.num_rows = num_rows
+        self.reserved = reserved
+        self.ladder = [length for length in PROMPT_LENS if length < reserved] + [reserved]
+        self._caches = baseline_model.empty_caches(
+            config, num_rows=num_rows, reserved=reserved, dtype=params.embedding.dtype
+        )
+        self._no_rows = Rows(*(jnp.zeros(num_rows, jnp.int32) for _ in range(3)))
+        donated = ("caches", "rows")
+        self._prefill = jax.jit(functools.partial(_prefill, config=config), donate_argnames=donated)
+        self._decode = jax.jit(functools.partial(_decode, config=config), donate_argnames=donated)
+        self._forward = jax.jit(functools.partial(baseline_model.forward, config=config))
+
+    @property
+    def cache_bytes(self) -> int:
+        """What the reservation costs."""
+        return sum(cache.nbytes for cache in self._caches)
+
+    def generate(
+        self, prompts: Sequence[list[int]], max_tokens: Sequence[int], *, ignore_eos: bool
+    ) -> list[list[int]]:
+        """Each prompt's greedy continuation, ended by `max_tokens` or by an end-of-text token."""
+        for prompt, limit in zip(prompts, max_tokens, strict=True):
+            if not prompt or limit < 1 or len(prompt) + limit > self.reserved:
+                raise ValueError(
+                    f"a row holds 1 to {self.reserved} tokens, got a prompt of {len(prompt)} and "
+                    f"max_tokens {limit}; raise reserved"
+                )
+        outputs = []
+        for first in range(0, len(prompts), self.num_rows):
+            batch = slice(first, first + self.num_rows)
+            outputs += self._run_batch(prompts[batch], max_tokens[batch], self._stop_ids(ignore_eos))
+        return outputs
+
+    def logits(self, token_ids: list[int]) -> Float[np.ndarray, "C V"]:
+        """The logits after every token, without a cache: for teacher forcing."""
+        padded = self._pad(token_ids)
+        return np.asarray(self._forward(self.params, padded))[: len(token_ids)]
+
+    def warm_up(self, max_prompt_len: int) -> None:
+        """Compiles, and runs once, what prompts of up to `max_prompt_len` tokens will need."""
+        longest = self._padded_len(max_prompt_len)
+        for length in self.ladder:
+            if length <= longest:
+                num_tokens = min(length, self.reserved - 2)
+                self.generate([[0] * num_tokens], [2], ignore_eos=True)
+
+    def _run_batch(
+        self, prompts: Sequence[list[int]], max_tokens: Sequence[int], stop_ids: Int32[np.ndarray, " E"]
+    ) -> list[list[int]]:
+        """One static batch, from its prompts to the end of its last row."""
+        rows = jax.tree.map(jnp.copy, self._no_rows)
+        for row, (prompt, limit) in enumerate(zip(prompts, max_tokens, strict=True)):
+            self._caches, rows = self._prefill(
+                self.params,
+                self._caches,
+                rows,
+                self._pad(prompt),
+                np.int32(len(prompt)),
+                np.int32(row),
+                np.int32(limit),
+                stop_ids,
+            )
+        outputs = [[] for _ in prompts]
+        live = np.arange(self.num_rows) < len(prompts)
+        while live.any():
+            # The one place that waits for the device.
+            tokens, lens = np.array(rows.tokens), np.array(rows.lens)
+            for row in np.flatnonzero(live):
+                outputs[row].append(int(tokens[row]))
+            live &= lens > 0
+            if live.any():
+                self._caches, rows = self._decode(self.params, self._caches, rows, stop_ids)
+        return outputs
+
+    def _pad(self, token_ids: list[int]) -> Int32[np.ndarray, " C"]:
+        padded = np.zeros(self._padded_len(len(token_ids)), np.int32)
+        padded[: len(token_ids)] = token_ids
+        return padded
+
+    def _padded_len(self, num_tokens: int) -> int:
+        return next(length for length in self.ladder if length >= num_tokens)
+
+    def _stop_ids(self, ignore_eos: bool) -> Int32[np.ndarray, " E"]:
+        """The ids that end a row, in a shape that does not depend on `ignore_eos`."""
+        ids = np.array([*self.config.eos_token_ids, -1], np.int32)
+        return np.full_like(ids, -1) if ignore_eos else ids
+
+
+def _prefill(
+    params: Params,
+    caches: Caches,
+    rows: Rows,
+    tokens: Int32[Array, " C"],
+    length: Int32[Array, ""],
+    row: Int32[Array, ""],
+    limit: Int32[Array, ""],
+    stop_ids: Int32[Array, " E"],
+    *,
+    config: ModelConfig,
+) -> tuple[Caches, Rows]:
+    """Fills one row's cache and picks its first token. Compiles once per padded length.
+
+    Row by row: padding a batch to its longest prompt more than doubles the tokens to compute.
+    """
+    caches, logits_V = baseline_model.prefill(params, caches, tokens, length, row, config=config)
+    token = jnp.argmax(logits_V).astype(jnp.int32)
+    ended = (limit <= 1) | jnp.any(token == stop_ids)
+    rows = Rows(
+        tokens=rows.tokens.at[row].set(token),
+        lens=rows.lens.at[row].set(jnp.where(ended, 0, length)),
+        remaining=rows.remaining.at[row].set(limit - 1),
+    )
+    return caches, rows
+
+
+def _decode(
+    params: Params,
+    caches: Caches,
+    rows: Rows,
+    stop_ids: Int32[Array, " E"],
+    *,
+    config: ModelConfig,
+) -> tuple[Caches, Rows]:
+    """One token more for every row that has not ended. Compiles once."""
+    caches, logits_BV = baseline_model.decode(
+        params, caches, rows.tokens, rows.lens, config=config
+    )
+    tokens_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    stopped_B: Bool[Array, " B"] = jnp.any(tokens_B[:, None] == stop_ids[None, :], axis=1)
+    ended_B = (rows.lens == 0) | (rows.remaining <= 1) | stopped_B
+    rows = Rows(
+        tokens=tokens_B,
+        lens=jnp.where(ended_B, 0, rows.lens + 1),
+        remaining=rows.remaining - 1,
+    )
+    return caches, rows

@@ -1,0 +1,147 @@
+"""A step plan as arrays: packed by the host into one vector, unpacked inside the jitted step."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int32
+
+from jpaged.buckets import Bucket
+from jpaged.params import SamplingParams
+from jpaged.plan import ScheduledRow, StepPlan
+
+FROM_DEVICE = -1  # in place of a token that the device sampled itself and still holds
+MAX_STOP_IDS = 16  # stop ids that min_tokens can hold back, a row
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SamplingRows:
+    """What sampling needs to know about each row. Field order is the packing order."""
+
+    seed_low: Int32[Array, " R"]
+    seed_high: Int32[Array, " R"]
+    index: Int32[Array, " R"]  # of the sequence in its request
+    top_k: Int32[Array, " R"]  # 0: all
+    first_stop: Int32[Array, " R"]  # the position from which stop ids are allowed (min_tokens)
+    stop_ids: Int32[Array, "R E"]  # padded with -1
+    temperature: Float[Array, " R"]  # 0: greedy
+    top_p: Float[Array, " R"]
+    min_p: Float[Array, " R"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepBatch:
+    """One step's ragged batch. Row ids of padding are R, so that their updates are dropped."""
+
+    tokens: Int32[Array, " T"]
+    query_starts: Int32[Array, "B+1"]
+    seq_lens: Int32[Array, " B"]
+    num_decodes: Int32[Array, " 1"]
+    row_ids: Int32[Array, " B"]
+    sampled_row_ids: Int32[Array, " B"]  # the row where it samples, else R
+    new_row_ids: Int32[Array, " B"]  # the row where it starts in this step, else R
+    table_updates: Int32[Array, "U 3"]  # row, column, block id
+    new_rows: SamplingRows  # of length B, read where new_row_ids names a row
+
+
+def batch_spec(bucket: Bucket, block_size: int) -> StepBatch:
+    """The shapes and dtypes of a bucket's batch, in packing order."""
+    T, B, U = bucket.num_tokens, bucket.num_rows, bucket.num_table_updates(block_size)
+
+    def i32(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, np.int32)
+
+    def f32(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, np.float32)
+
+    rows = SamplingRows(
+        *(i32(B) for _ in range(5)), i32(B, MAX_STOP_IDS), *(f32(B) for _ in range(3))
+    )
+    return StepBatch(i32(T), i32(B + 1), i32(B), i32(1), i32(B), i32(B), i32(B), i32(U, 3), rows)
+
+
+def packed_size(bucket: Bucket, block_size: int) -> int:
+    """Words in a bucket's packed batch."""
+    return sum(leaf.size for leaf in jax.tree.leaves(batch_spec(bucket, block_size)))
+
+
+def unpack_batch(packed: Int32[Array, " X"], bucket: Bucket, block_size: int) -> StepBatch:
+    """The arrays of a packed vector; runs inside jit, where it costs static slices."""
+    leaves, tree = jax.tree.flatten(batch_spec(bucket, block_size))
+    arrays, start = [], 0
+    for leaf in leaves:
+        size = math.prod(leaf.shape)
+        part = packed[start : start + size].reshape(leaf.shape)
+        arrays.append(jax.lax.bitcast_convert_type(part, leaf.dtype))
+        start += size
+    return jax.tree.unflatten(tree, arrays)
+
+
+def pack_batch(
+    plan: StepPlan,
+    bucket: Bucket,
+    *,
+    block_size: int,
+    padding_row: int,
+    eos_token_ids: tuple[int, ...],
+) -> np.ndarray:
+    """The plan as one int32 vector: one transfer to the device a step."""
+    spec = batch_spec(bucket, block_size)
+    batch = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), spec)
+    batch.table_updates[:, 0] = padding_row
+    for ids in (batch.row_ids, batch.sampled_row_ids, batch.new_row_ids):
+        ids[:] = padding_row
+    batch.new_rows.stop_ids[:] = -1
+    token = update = 0
+    for i, scheduled in enumerate(plan.rows):
+        end = token + scheduled.num_tokens
+        batch.tokens[token:end] = _tokens(scheduled)
+        token = end
+        batch.query_starts[i + 1] = end
+        batch.seq_lens[i] = scheduled.start + scheduled.num_tokens
+        batch.row_ids[i] = scheduled.row
+        if scheduled.samples:
+            batch.sampled_row_ids[i] = scheduled.row
+        if scheduled.is_new:
+            batch.new_row_ids[i] = scheduled.row
+            _fill_sampling(batch.new_rows, i, scheduled, eos_token_ids)
+        for column, block in scheduled.new_blocks:
+            batch.table_updates[update] = scheduled.row, column, block
+            update += 1
+    batch.query_starts[len(plan.rows) + 1 :] = token
+    batch.num_decodes[0] = plan.num_decodes
+    return np.concatenate([leaf.reshape(-1).view(np.int32) for leaf in jax.tree.leaves(batch)])
+
+
+def _tokens(scheduled: ScheduledRow) -> list[int] | int:
+    if scheduled.feeds_back:
+        return FROM_DEVICE
+    start = scheduled.start
+    return scheduled.sequence.token_ids[start : start + scheduled.num_tokens]
+
+
+def stop_ids(params: SamplingParams, eos_token_ids: tuple[int, ...]) -> tuple[int, ...]:
+    """The ids that end a sequence, which `min_tokens` holds back."""
+    return (*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids))
+
+
+def _fill_sampling(
+    rows: SamplingRows, i: int, scheduled: ScheduledRow, eos_token_ids: tuple[int, ...]
+) -> None:
+    sequence = scheduled.sequence
+    request = sequence.request
+    params = request.params
+    seed = np.array([request.seed % 2**64], np.uint64).view(np.int32)  # little endian: low first
+    rows.seed_low[i], rows.seed_high[i] = seed
+    rows.index[i] = sequence.index
+    rows.top_k[i] = params.top_k
+    rows.temperature[i] = params.temperature
+    rows.top_p[i] = params.top_p
+    rows.min_p[i] = params.min_p
+    if params.min_tokens:
+        held_back = stop_ids(params, eos_token_ids)
+        rows.first_stop[i] = sequence.num_prompt_tokens + params.min_tokens
+        rows.stop_ids[i, : len(held_back)] = held_back

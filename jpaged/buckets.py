@@ -1,0 +1,54 @@
+"""The padded shapes for which steps are compiled: a short ladder, so that warm-up is short too."""
+
+import bisect
+import dataclasses
+
+from jpaged.plan import StepPlan
+from jpaged_models import Phase
+
+# More rows a program wastes at most a third of a step; fewer programs start sooner.
+_DECODE_ROWS = (1, 4, 8, 16, 32, 64, 128, 256)
+_MIXED_TOKENS = (16, 64, 256, 1024)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """A padded shape: T tokens of at most B rows."""
+
+    phase: Phase
+    num_tokens: int
+    num_rows: int
+
+    def num_table_updates(self, block_size: int) -> int:
+        """New blocks that a step of this shape can need: each row may open one more than it fills."""
+        filled = 0 if self.phase is Phase.DECODE else self.num_tokens // block_size
+        return filled + self.num_rows
+
+
+class Buckets:
+    """The ladder of an engine: decode shapes (one token a row), and mixed shapes."""
+
+    def __init__(self, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        max_rows = min(max_num_seqs, max_num_batched_tokens)
+        self.decode = [Bucket(Phase.DECODE, n, n) for n in _ladder(_DECODE_ROWS, max_rows)]
+        self.mixed = [
+            Bucket(Phase.MIXED, n, min(n, max_rows))
+            for n in _ladder(_MIXED_TOKENS, max_num_batched_tokens)
+        ]
+
+    @property
+    def all(self) -> list[Bucket]:
+        """Every shape, those most likely to be wanted first."""
+        return [*self.mixed[::-1], *self.decode[::-1]]
+
+    def fit(self, plan: StepPlan) -> Bucket:
+        """The smallest bucket that holds the plan."""
+        is_decode = plan.num_decodes == len(plan.rows)
+        ladder = self.decode if is_decode else self.mixed
+        sizes = [bucket.num_tokens for bucket in ladder]
+        return ladder[bisect.bisect_left(sizes, plan.num_tokens)]
+
+
+def _ladder(steps: tuple[int, ...], top: int) -> list[int]:
+    """The steps below `top`, and `top` itself."""
+    return [step for step in steps if step < top] + [top]

@@ -1,0 +1,54 @@
+"""The serving limits of one engine."""
+
+import dataclasses
+
+from jpaged.params import checked_int
+
+MIN_BLOCK_SIZE = (
+    8  # a TPU tile holds eight rows of 32 bits: smaller blocks could not be copied whole
+)
+MAX_BLOCK_SIZE = (
+    128  # beyond it the half empty last block is more than a few per cent of a sequence
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What the engine may hold and may do in one step; checked when made.
+
+    `num_blocks` counts the null block, which is never given out. A pool smaller than
+    `max_model_len` is legal: a request that could never fit it is refused when it is added.
+    """
+
+    block_size: int
+    num_blocks: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    max_num_waiting: int = 65_536  # sequences; a queue without end hides an overload
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            least = 2 if field.name in ("num_blocks", "max_model_len") else 1
+            value = checked_int(field.name, getattr(self, field.name), least=least)
+            object.__setattr__(self, field.name, value)
+        size = self.block_size
+        if size & (size - 1) or not MIN_BLOCK_SIZE <= size <= MAX_BLOCK_SIZE:
+            raise ValueError(
+                f"block_size must be a power of two from {MIN_BLOCK_SIZE} to {MAX_BLOCK_SIZE}, "
+                f"got {size}"
+            )
+
+    @property
+    def max_blocks_per_seq(self) -> int:
+        """Blocks of a sequence that has reached `max_model_len`."""
+        return self.blocks_for(self.max_model_len)
+
+    @property
+    def max_num_running(self) -> int:
+        """Sequences that may run at once: each must get at least one token of every step."""
+        return min(self.max_num_seqs, self.max_num_batched_tokens)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold `num_tokens` tokens of one sequence."""
+        return -(-num_tokens // self.block_size)

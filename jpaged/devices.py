@@ -1,0 +1,40 @@
+"""The device to run on, and a clear word where JAX cannot use the one that is there."""
+
+import importlib.metadata
+import os
+import pathlib
+
+import jax
+
+# The distribution that brings a device's plugin, the extra that installs a matching one, and a
+# file that exists where the device does.
+_PLUGINS = (
+    ("jax-cuda12-plugin", "cuda12", "/dev/nvidiactl"),
+    ("jax-cuda13-plugin", "cuda13", "/dev/nvidiactl"),
+    ("libtpu", "tpu", "/dev/accel0"),
+)
+
+
+def first_device() -> jax.Device:
+    """The first device, after making sure that a plugin that does not fit was not passed over."""
+    device = jax.devices()[0]
+    if device.platform == "cpu" and not os.environ.get("JAX_PLATFORMS"):
+        _refuse_silent_fallback()
+    return device
+
+
+def _refuse_silent_fallback() -> None:
+    """Raises where a GPU or TPU is present and its plugin installed, and JAX still chose the CPU."""
+    jaxlib = importlib.metadata.version("jaxlib")
+    for distribution, extra, device_file in _PLUGINS:
+        try:
+            version = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if not pathlib.Path(device_file).exists():
+            continue
+        raise RuntimeError(
+            f"{distribution} {version} is installed and {device_file} exists, but JAX (jaxlib "
+            f"{jaxlib}) found only the CPU: the versions or the driver do not match. Run "
+            f"`pip install -U 'jpaged[{extra}]'` and restart, or set JAX_PLATFORMS=cpu to mean it."
+        )

@@ -1,0 +1,103 @@
+"""The loop: schedule, run, commit; and the way back when a step fails."""
+
+import numpy as np
+
+from jpaged.errors import EngineFailedError
+from jpaged.outputs import Logprob
+from jpaged.plan import StepPlan
+from jpaged.requests import Request, Sequence
+from jpaged.runner import Outputs, Runner, StepOutput
+from jpaged.sampling import TopLogprobs
+from jpaged.scheduler import Scheduler
+from jpaged.stats import Stats, collect_stats
+from jpaged_models import Tokenizer
+
+MAX_FAILURES = 2  # a request whose steps fail this often is given up
+
+
+class Engine:
+    """Scheduler and runner, kept in agreement.
+
+    After any exception out of a step, an interrupt too, everything on the device that may be lost
+    is made anew and what was in flight is computed again: no finished text is lost.
+    """
+
+    def __init__(self, scheduler: Scheduler, runner: Runner, tokenizer: Tokenizer | None) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+        self.tokenizer = tokenizer
+
+    def step(self) -> list[Sequence]:
+        """Runs one step; the sequences that got a token or ended."""
+        plan = None
+        try:
+            plan = self.scheduler.schedule()
+            if plan is None:
+                return []
+            out = self.runner.run(plan, _outputs_for(plan))
+            tokens, logprobs = fetch(out, plan, self.tokenizer)
+            return self.scheduler.commit(plan, tokens, logprobs)
+        except BaseException as error:
+            ended = self._recover()
+            if plan is None or not isinstance(error, Exception):
+                raise
+            return ended + self._give_up(plan, error)
+
+    def stats(self) -> Stats:
+        """The figures of scheduler and runner at this moment."""
+        runner = self.runner
+        return collect_stats(
+            self.scheduler, compiles=len(runner.programs), lazy_compiles=runner.lazy_compiles
+        )
+
+    def _recover(self) -> list[Sequence]:
+        """Starts the device side anew; the sequences that turned out to be finished."""
+        if self.runner.is_lost:
+            self.runner.reset()
+        return self.scheduler.recover()
+
+    def _give_up(self, plan: StepPlan, error: Exception) -> list[Sequence]:
+        """Counts the failure against each request of the plan; ends those that failed before."""
+        hopeless: list[Request] = []
+        for request in {id(r := row.sequence.request): r for row in plan.rows}.values():
+            request.num_failures += 1
+            if request.num_failures >= MAX_FAILURES:
+                hopeless.append(request)
+        failure = EngineFailedError(f"a step failed {MAX_FAILURES} times: {error!r}")
+        failure.__cause__ = error
+        return self.scheduler.fail(hopeless, failure)
+
+
+def fetch(
+    out: StepOutput, plan: StepPlan, tokenizer: Tokenizer | None
+) -> tuple[list[int], list[dict[int, Logprob] | None] | None]:
+    """The step's results on the host: the one place that waits for the device."""
+    num_rows = len(plan.rows)
+    tokens = np.asarray(out.tokens)[:num_rows].tolist()
+    if out.logprobs is None:
+        return tokens, None
+    logprobs = TopLogprobs(*(np.asarray(leaf) for leaf in out.logprobs))
+    return tokens, [_row_logprobs(plan, i, tokens[i], logprobs, tokenizer) for i in range(num_rows)]
+
+
+def _outputs_for(plan: StepPlan) -> Outputs:
+    wants_logprobs = any(row.sequence.request.params.logprobs is not None for row in plan.rows)
+    return Outputs.LOGPROBS if wants_logprobs else Outputs.TOKENS
+
+
+def _row_logprobs(
+    plan: StepPlan, i: int, token: int, logprobs: TopLogprobs, tokenizer: Tokenizer | None
+) -> dict[int, Logprob] | None:
+    """The sampled token's entry first, then the likeliest, as many as the request asked for."""
+    wanted = plan.rows[i].sequence.request.params.logprobs
+    if wanted is None:
+        return None
+    entries = {token: (float(logprobs.sampled[i]), int(logprobs.rank[i]))}
+    for rank in range(wanted):
+        top_id, top = int(logprobs.top_ids[i, rank]), float(logprobs.top[i, rank])
+        entries.setdefault(top_id, (top, rank + 1))
+
+    def text(token_id: int) -> str | None:
+        return tokenizer.decode([token_id], skip_special_tokens=False) if tokenizer else None
+
+    return {t: Logprob(value, rank, text(t)) for t, (value, rank) in entries.items()}

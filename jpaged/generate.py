@@ -1,0 +1,86 @@
+"""`jpaged.generate`: text from a prompt in one call, keeping the model for the next."""
+
+import dataclasses
+import inspect
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, overload
+
+if TYPE_CHECKING:
+    from jpaged.llm import LLM
+    from jpaged.outputs import RequestOutput
+
+_kept: "tuple[Any, LLM] | None" = None  # the one LLM, and the (model, options) it was made for
+
+
+@overload
+def generate(
+    prompts: str, *, model: str | os.PathLike | None = ..., **options: Any
+) -> "RequestOutput": ...
+@overload
+def generate(
+    prompts: Sequence, *, model: str | os.PathLike | None = ..., **options: Any
+) -> "list[RequestOutput]": ...
+def generate(
+    prompts: Any,
+    *,
+    model: str | os.PathLike | None = None,
+    use_tqdm: bool = False,
+    **options: Any,
+) -> "RequestOutput | list[RequestOutput]":
+    """The answer to one prompt, or a list of answers to several.
+
+    Args:
+        prompts: text, a list of token ids, or a list of either.
+        model: as `LLM` takes it; by default SmolLM2-135M-Instruct.
+        use_tqdm: whether to show progress.
+        options: fields of `SamplingParams` (max_tokens=64, temperature=0, n=2, seed=7, ...) and
+            options of `LLM` (dtype="bfloat16", num_blocks=1000, ...). `seed` is the sampling one.
+
+    The model stays loaded for the next call with the same `model` and `LLM` options; other ones
+    replace it, and `jpaged.shutdown()` frees it.
+
+    Raises:
+        ValueError: a prompt or an option is refused, before anything runs.
+        TypeError: an option is unknown.
+    """
+    # Imported here so that `import jpaged` loads no model code.
+    from jpaged.llm import LLM
+    from jpaged.params import SamplingParams
+    from jpaged.prompts import is_single
+
+    sampling_names = {field.name for field in dataclasses.fields(SamplingParams)}
+    engine_names = set(inspect.signature(LLM).parameters) - {"model", "use_tqdm"}
+    unknown = sorted(set(options) - sampling_names - engine_names)
+    if unknown:
+        raise TypeError(
+            f"generate() got unknown options {unknown}; it takes those of SamplingParams "
+            f"{sorted(sampling_names)} and of LLM {sorted(engine_names - {'seed'})}"
+        )
+    params = SamplingParams(**{k: v for k, v in options.items() if k in sampling_names})
+    engine_options = {k: v for k, v in options.items() if k not in sampling_names}
+    llm = _kept_llm(model, engine_options, use_tqdm=use_tqdm)
+    outputs = llm.generate(prompts, params, use_tqdm=use_tqdm)
+    return outputs[0] if is_single(prompts) else outputs
+
+
+def shutdown() -> None:
+    """Frees the LLM that `generate` keeps; the next call loads it again."""
+    global _kept  # noqa: PLW0603  (the documented exception to "nothing global")
+    if _kept is not None:
+        _, llm = _kept
+        _kept = None
+        llm.close()
+
+
+def _kept_llm(model: Any, options: dict[str, Any], *, use_tqdm: bool) -> "LLM":
+    global _kept  # noqa: PLW0603
+    from jpaged.llm import LLM
+
+    key = (None if model is None else str(model), tuple(sorted(options.items())))
+    if _kept is not None and _kept[0] == key:
+        return _kept[1]
+    shutdown()
+    llm = LLM(model, use_tqdm=use_tqdm, **options)
+    _kept = (key, llm)
+    return llm

@@ -1,0 +1,135 @@
+"""The promises of the host side, checked; on in tests, off in production."""
+
+import collections
+
+from jpaged.blocks import NULL_BLOCK
+from jpaged.plan import StepPlan
+from jpaged.scheduler import Scheduler
+
+
+def check(scheduler: Scheduler, plan: StepPlan | None = None) -> None:
+    """Raises AssertionError that names the first broken invariant, by its number in DESIGN.md.
+
+    Call it between steps, or between `schedule` and `commit` with the plan.
+    """
+    _check_sequences(scheduler)
+    _check_rows(scheduler)
+    _check_blocks(scheduler)
+    _check_tables(scheduler, plan)
+    if plan is not None:
+        _check_plan(scheduler, plan)
+    if not scheduler.requests:
+        _check_drained(scheduler)
+
+
+def _check_blocks(scheduler: Scheduler) -> None:
+    pool = scheduler.pool
+    free = pool.free_ids
+    referenced = [block for block in range(pool.num_blocks) if pool.ref_counts[block] > 0]
+    _require(len(set(free)) == len(free), f"1: a block is free twice: {free}")
+    _require(NULL_BLOCK not in free and NULL_BLOCK not in referenced, "1: the null block is ours")
+    _require(
+        sorted([*free, *referenced]) == list(range(1, pool.num_blocks)),
+        f"1: {len(free)} free + {len(referenced)} referenced blocks are not the whole pool, "
+        f"which has {pool.num_blocks - 1}",
+    )
+    holders = collections.Counter(
+        block for sequence in scheduler.running for block in sequence.block_ids
+    )
+    for block, count in enumerate(pool.ref_counts):
+        _require(
+            holders[block] == count,
+            f"2: block {block} has count {count} and stands in {holders[block]} tables",
+        )
+        _require(count <= 1, f"3: block {block} is shared, and nothing shares yet")
+
+
+def _check_tables(scheduler: Scheduler, plan: StepPlan | None) -> None:
+    planned = {} if plan is None else {row.sequence: row.seq_len for row in plan.rows}
+    for sequence in scheduler.running:
+        num_tokens = planned.get(sequence, sequence.num_computed_tokens)
+        expected = scheduler.config.blocks_for(num_tokens)
+        _require(
+            len(sequence.block_ids) == expected,
+            f"5: {num_tokens} tokens need {expected} blocks, the table has {sequence.block_ids}",
+        )
+        _require(
+            sequence.num_computed_tokens < sequence.num_tokens,
+            "6: a running sequence has no token left to compute",
+        )
+
+
+def _check_plan(scheduler: Scheduler, plan: StepPlan) -> None:
+    config = scheduler.config
+    lengths = [row.num_tokens for row in plan.rows]
+    _require(bool(lengths) and min(lengths) > 0, f"6: a step of {lengths} makes no progress")
+    _require(plan.num_tokens == sum(lengths), f"6: num_tokens is {plan.num_tokens}")
+    _require(
+        plan.num_tokens <= config.max_num_batched_tokens,
+        f"6: {plan.num_tokens} tokens exceed the budget of {config.max_num_batched_tokens}",
+    )
+    _require(len(lengths) <= config.max_num_seqs, f"6: {len(lengths)} rows are too many")
+    _require(len({row.row for row in plan.rows}) == len(lengths), "6: a row stands twice")
+    _require(plan.num_decodes == lengths.count(1), f"6: num_decodes is {plan.num_decodes}")
+    _require(set(lengths[: plan.num_decodes]) <= {1}, f"6: rows out of order: {lengths}")
+    for row in plan.rows:
+        sequence = row.sequence
+        if sequence.finished:  # aborted since
+            continue
+        _require(sequence.row == row.row, f"6: the sequence moved from row {row.row}")
+        _require(sequence.num_computed_tokens == row.start, f"6: the row starts at {row.start}")
+        _require(row.samples == (row.seq_len == sequence.num_tokens), "6: wrong about sampling")
+        _require(
+            all(sequence.block_ids[column] == block for column, block in row.new_blocks),
+            f"5: the new blocks {row.new_blocks} are not those of {sequence.block_ids}",
+        )
+
+
+def _check_rows(scheduler: Scheduler) -> None:
+    rows = [sequence.row for sequence in scheduler.running if sequence.row is not None]
+    _require(len(rows) == len(scheduler.running), "6: a running sequence has no row")
+    _require(
+        sorted([*rows, *scheduler.free_rows]) == list(range(scheduler.config.max_num_seqs)),
+        f"6: rows {rows} in use and {scheduler.free_rows} free are not all rows once",
+    )
+    _require(
+        len(rows) <= scheduler.config.max_num_running,
+        f"6: {len(rows)} sequences run, more than a step has tokens or rows for",
+    )
+
+
+def _check_sequences(scheduler: Scheduler) -> None:
+    queued = [*scheduler.running, *scheduler.waiting]
+    order = [(sequence.request.arrival, sequence.index) for sequence in queued]
+    _require(order == sorted(set(order)), f"7: running and waiting are out of order: {order}")
+    unfinished = {
+        sequence
+        for request in scheduler.requests.values()
+        for sequence in request.sequences
+        if not sequence.finished
+    }
+    _require(unfinished == set(queued), "8: the queues do not hold what is unfinished")
+    running = set(scheduler.running)
+    for name, request in scheduler.requests.items():
+        _require(not request.finished, f"8: request {name!r} is finished and still known")
+        for sequence in request.sequences:
+            _require(
+                sequence in running
+                or (
+                    sequence.row is None
+                    and not sequence.block_ids
+                    and not sequence.num_computed_tokens
+                    and not sequence.last_token_on_device
+                ),
+                f"8: a sequence of {name!r} holds something and does not run: {sequence}",
+            )
+
+
+def _check_drained(scheduler: Scheduler) -> None:
+    _require(not scheduler.running and not scheduler.waiting, "8: a queue outlives its requests")
+    _require(scheduler.pool.num_used == 0, f"8: {scheduler.pool.num_used} blocks are still held")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:  # not `assert`: the check must also work under python -O
+        raise AssertionError(f"invariant {message}")

@@ -1,0 +1,285 @@
+"""The offline API: one model, one pool, one thread."""
+
+import os
+from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
+from types import TracebackType
+from typing import Any, Self
+
+from tqdm import tqdm
+
+from jpaged.detokenize import Detokenizer
+from jpaged.engine import Engine
+from jpaged.errors import EngineFailedError
+from jpaged.loading import build_engine
+from jpaged.outputs import RequestOutput, output_delta, request_output
+from jpaged.params import SamplingParams
+from jpaged.prompts import Prompt, RequestMaker, as_params, as_prompts
+from jpaged.requests import Request
+from jpaged.stats import Stats
+
+
+class LLM:
+    """A language model over a paged KV pool. For one thread; `AsyncLLM` serves many callers.
+
+    Args:
+        model: a directory in Hugging Face's layout, a .gguf file or a hub id; by default
+            SmolLM2-135M-Instruct, from its data package where that is installed.
+        revision: a branch, tag or commit on the hub.
+        dtype: "float32", "bfloat16", "float16", or "auto": float32 on a CPU, else the
+            checkpoint's (bfloat16 for a quantised file, float16 where a GPU has no bfloat16).
+        block_size: token positions a block, a power of two from 8 to 128; 16 by default.
+        num_blocks: blocks in the pool, the null block counted; by default what memory allows.
+        memory_fraction: the share of an accelerator's memory that may be used in all;
+            `gpu_memory_utilization` is another name for it.
+        max_num_seqs: sequences that run at once; 64 on a CPU, else 256.
+        max_num_batched_tokens: tokens a step; 256 on a CPU, else 2048.
+        max_model_len: the longest prompt and answer together; the model's, at most 8192.
+        seed: of the seeds drawn for requests that bring none.
+        attention_backend: "auto", "xla", "reference", "pallas-tpu" or "pallas-tpu-interpret".
+        warm_up: compile every common program now; otherwise each when it is first needed.
+        use_tqdm: whether loading and warm-up show their progress.
+
+    Raises:
+        ValueError: the model cannot be loaded, or an option is out of range.
+        TypeError: an option is unknown or of a wrong type.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike | None = None,
+        *,
+        revision: str | None = None,
+        dtype: str = "auto",
+        block_size: int = 16,
+        num_blocks: int | None = None,
+        memory_fraction: float | None = None,
+        gpu_memory_utilization: float | None = None,
+        max_num_seqs: int | None = None,
+        max_num_batched_tokens: int | None = None,
+        max_model_len: int | None = None,
+        seed: int = 0,
+        attention_backend: str = "auto",
+        warm_up: bool = True,
+        use_tqdm: bool = False,
+    ) -> None:
+        if memory_fraction is not None and gpu_memory_utilization is not None:
+            raise ValueError(
+                "memory_fraction and gpu_memory_utilization are two names of one option; give one"
+            )
+        built = build_engine(
+            model,
+            revision=revision,
+            dtype=dtype,
+            block_size=block_size,
+            num_blocks=num_blocks,
+            memory_fraction=_first_given(memory_fraction, gpu_memory_utilization, 0.9),
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            attention_backend=attention_backend,
+        )
+        self.engine: Engine = built.engine
+        self.model_source: str = built.source
+        self.model_config = built.engine.runner.model
+        self.tokenizer = built.engine.tokenizer
+        self._maker = RequestMaker(self.model_config, self.tokenizer, seed=seed)
+        self._outputs: dict[str, RequestOutput] = {}  # news that no caller has taken yet
+        self._closed = False
+        if warm_up:
+            self.engine.runner.warm_up(progress=use_tqdm)
+
+    def generate(
+        self,
+        prompts: Prompt | SequenceOf[Prompt],
+        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """The answers to all prompts, in their order.
+
+        One bad prompt refuses the whole call before anything runs. If a step fails twice,
+        EngineFailedError carries in `outputs` what was finished.
+        """
+        each = as_prompts(prompts)
+        params = as_params(sampling_params, len(each))
+        make = self._maker.make
+        return self._run([make(p, s) for p, s in zip(each, params, strict=True)], use_tqdm)
+
+    def chat(
+        self,
+        messages: SequenceOf[dict] | SequenceOf[SequenceOf[dict]],
+        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """The answers to one conversation or several, written out by the model's own template."""
+        if not messages:
+            raise ValueError("there are no messages; expected at least one")
+        conversations: Any = [messages] if isinstance(messages[0], dict) else messages
+        params = as_params(sampling_params, len(conversations))
+        requests = []
+        for conversation, one in zip(conversations, params, strict=True):
+            text = self._render(conversation, add_generation_prompt=add_generation_prompt)
+            token_ids = self._maker.encode(text, add_special_tokens=False)
+            requests.append(self._maker.make_tokenized(token_ids, one, text))
+        return self._run(requests, use_tqdm)
+
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Iterator[RequestOutput]:
+        """The answer as it grows: each output holds only what is new. Closing it aborts."""
+        request = self._maker.make(prompt, as_params(sampling_params, 1)[0])
+        self._check_open()
+        self.engine.scheduler.validate(request)
+        return self._stream(request)
+
+    def submit(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+    ) -> str:
+        """Queues a prompt and returns its request id; `step` brings the answer."""
+        request = self._maker.make(prompt, as_params(sampling_params, 1)[0])
+        if request_id is not None:
+            request.request_id = request_id
+        self._add([request])
+        return request.request_id
+
+    def step(self) -> list[RequestOutput]:
+        """Runs one step; what has changed since it was last asked, each in full so far."""
+        self._advance()
+        news, self._outputs = list(self._outputs.values()), {}
+        return news
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request and frees its blocks; an unknown or finished one is left alone."""
+        for sequence in self.engine.scheduler.abort(request_id):
+            self._outputs[request_id] = request_output(sequence.request)
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        """Whether `step` has anything to do or to say."""
+        return self.engine.scheduler.has_work or bool(self._outputs)
+
+    def stats(self) -> Stats:
+        """What runs, what waits, how full the pool is, and how many programs were compiled."""
+        return self.engine.stats()
+
+    def close(self) -> None:
+        """Deletes the device arrays and gives up what still runs. Safe to repeat."""
+        if not self._closed:
+            self._closed = True
+            for request_id in list(self.engine.scheduler.requests):
+                self.engine.scheduler.abort(request_id)
+            self.engine.runner.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _run(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
+        """Runs `requests` to their end, or aborts them all if that is interrupted."""
+        finished: dict[str, RequestOutput] = {}
+        ids = [request.request_id for request in requests]
+        with tqdm(total=len(ids), desc="generating", unit="request", disable=not use_tqdm) as bar:
+            try:
+                self._add(requests)
+                while len(finished) < len(ids):
+                    self._advance()
+                    for request_id in [i for i in ids if i in self._outputs]:
+                        output = self._outputs.pop(request_id)
+                        if output.finished:
+                            finished[request_id] = output
+                    bar.update(len(finished) - bar.n)
+            finally:
+                self._forget(ids)
+        self._raise_failure(requests, finished)
+        return [finished[request_id] for request_id in ids]
+
+    def _raise_failure(self, requests: list[Request], finished: dict[str, RequestOutput]) -> None:
+        failed = [request for request in requests if request.error is not None]
+        if failed:
+            outputs = [finished[request.request_id] for request in requests]
+            raise EngineFailedError(
+                f"{len(failed)} of {len(requests)} requests failed: {failed[0].error}; the "
+                "engine is usable, and `outputs` of this error holds what was generated",
+                outputs=outputs,
+            ) from failed[0].error
+
+    def _stream(self, request: Request) -> Iterator[RequestOutput]:
+        request_id = request.request_id
+        seen: RequestOutput | None = None
+        try:
+            self._add([request])
+            while seen is None or not seen.finished:
+                self._advance()
+                output = self._outputs.pop(request_id, None)
+                if output is not None:
+                    yield output_delta(output, seen)
+                    seen = output
+        finally:
+            self._forget([request_id])
+        self._raise_failure([request], {request_id: seen})
+
+    def _add(self, requests: list[Request]) -> None:
+        """Checks all of `requests` and then queues them."""
+        self._check_open()
+        scheduler = self.engine.scheduler
+        for request in requests:
+            scheduler.validate(request)
+        for request in requests:
+            self._attach_detokenizers(request)
+            scheduler.add(request)
+
+    def _attach_detokenizers(self, request: Request) -> None:
+        params = request.params
+        if self.tokenizer is None or not params.detokenize:
+            return
+        for sequence in request.sequences:
+            sequence.detokenizer = Detokenizer(
+                self.tokenizer,
+                prompt_token_ids=request.prompt_token_ids,
+                skip_special_tokens=params.skip_special_tokens,
+                stop=params.stop,
+                include_stop_str_in_output=params.include_stop_str_in_output,
+                min_tokens=params.min_tokens,
+            )
+
+    def _advance(self) -> None:
+        """One step; its news are kept until the caller they belong to takes them."""
+        self._check_open()
+        for sequence in self.engine.step():
+            request = sequence.request
+            self._outputs[request.request_id] = request_output(request)
+
+    def _forget(self, request_ids: list[str]) -> None:
+        for request_id in request_ids:
+            self.engine.scheduler.abort(request_id)
+            self._outputs.pop(request_id, None)
+
+    def _render(self, conversation: SequenceOf[dict], *, add_generation_prompt: bool) -> str:
+        template = self.tokenizer.chat_template if self.tokenizer else None
+        if template is None:
+            raise ValueError(
+                f"{self.model_source} has no chat template; write the prompt out and call generate"
+            )
+        return template.render(list(conversation), add_generation_prompt=add_generation_prompt)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("this LLM is closed; make another")
+
+
+def _first_given(*values: float | None) -> float:
+    return next(value for value in values if value is not None)

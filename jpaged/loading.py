@@ -1,0 +1,176 @@
+"""From a model's name and a caller's options to an engine that is ready to run."""
+
+import dataclasses
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import DTypeLike
+
+from jpaged.buckets import Buckets
+from jpaged.config import EngineConfig
+from jpaged.devices import first_device
+from jpaged.engine import Engine
+from jpaged.memory import block_bytes, pool_bytes
+from jpaged.runner import Runner
+from jpaged.scheduler import Scheduler
+from jpaged_models import Checkpoint, Decoder, Tokenizer, load_decoder, open_checkpoint
+from pallas_kernels import Backend, default_backend
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+LONGEST_DEFAULT = 8192  # a model's context may be far longer than anyone here will use
+
+
+@dataclasses.dataclass(frozen=True)
+class BuiltEngine:
+    """An engine, and what was loaded into it."""
+
+    engine: Engine
+    source: str
+
+
+def build_engine(
+    model: str | os.PathLike | None,
+    *,
+    revision: str | None,
+    dtype: str,
+    block_size: int,
+    num_blocks: int | None,
+    memory_fraction: float,
+    max_num_seqs: int | None,
+    max_num_batched_tokens: int | None,
+    max_model_len: int | None,
+    attention_backend: str,
+) -> BuiltEngine:
+    """An engine for a checkpoint; options as `LLM` explains them, checked before weights load."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {DTYPES}, got {dtype!r}")
+    if not 0 < memory_fraction <= 1:
+        raise ValueError(f"memory_fraction must be above 0 and at most 1, got {memory_fraction}")
+    device = first_device()
+    backend = _backend(attention_backend, device)
+    checkpoint = open_checkpoint(model, revision=revision)
+    on_cpu = device.platform == "cpu"
+    longest = checkpoint.config.max_position_embeddings
+    limits = EngineConfig(
+        block_size=block_size,
+        num_blocks=2 if num_blocks is None else num_blocks,  # replaced when memory is known
+        max_num_seqs=_or(max_num_seqs, 64 if on_cpu else 256),
+        max_num_batched_tokens=_or(max_num_batched_tokens, 256 if on_cpu else 2048),
+        max_model_len=_or(max_model_len, min(longest, LONGEST_DEFAULT)),
+    )
+    if limits.max_model_len > longest:
+        raise ValueError(
+            f"max_model_len={limits.max_model_len} exceeds the model's context of {longest} tokens"
+        )
+    weights_dtype = _dtype(dtype, checkpoint, device)
+    decoder = load_decoder(checkpoint, dtype=weights_dtype)
+    tokenizer = _tokenizer(checkpoint)
+    checkpoint.close()
+    # A bfloat16 scatter on a CPU converts the whole pool (JAX 0.10), so the pool stays float32.
+    pool_dtype = jnp.float32 if on_cpu else weights_dtype
+    engine = engine_for(
+        decoder,
+        tokenizer,
+        limits,
+        pool_dtype=pool_dtype,
+        backend=backend,
+        device=device,
+        memory_fraction=None if num_blocks is not None else memory_fraction,
+    )
+    return BuiltEngine(engine, checkpoint.source)
+
+
+def engine_for(
+    decoder: Decoder,
+    tokenizer: Tokenizer | None,
+    limits: EngineConfig,
+    *,
+    pool_dtype: DTypeLike,
+    backend: Backend,
+    device: jax.Device,
+    memory_fraction: float | None,
+) -> Engine:
+    """An engine over a decoder on `device`; sizes the pool where `memory_fraction` is given."""
+    buckets = Buckets(
+        max_num_seqs=limits.max_num_seqs, max_num_batched_tokens=limits.max_num_batched_tokens
+    )
+
+    def runner(config: EngineConfig) -> Runner:
+        return Runner(decoder, config, buckets, pool_dtype=pool_dtype, backend=backend)
+
+    if memory_fraction is not None:
+        limits = _with_pool(limits, runner, device, memory_fraction)
+    scheduler = Scheduler(limits, eos_token_ids=decoder.config.eos_token_ids)
+    return Engine(scheduler, runner(limits), tokenizer)
+
+
+def _with_pool(
+    limits: EngineConfig, runner: Any, device: jax.Device, memory_fraction: float
+) -> EngineConfig:
+    """The limits with as many blocks as memory allows, and no more than could be used."""
+    temporaries = 0
+    if device.memory_stats():
+        # A pool of one block: what a step needs beside the pool does not depend on its size.
+        probe = runner(limits)
+        analysis = probe.compile(probe.buckets.all[0]).memory_analysis()
+        temporaries = analysis.temp_size_in_bytes + analysis.output_size_in_bytes
+        temporaries -= analysis.alias_size_in_bytes
+    else:
+        probe = runner(limits)
+    size = block_bytes(probe.model, block_size=limits.block_size, dtype=probe.pool_dtype)
+    wanted = limits.max_num_seqs * limits.max_blocks_per_seq + 1
+    available = pool_bytes(
+        device,
+        memory_fraction=memory_fraction,
+        temporaries=temporaries,
+        wanted=wanted * size,
+    )
+    num_blocks = available // size
+    if num_blocks < 2:
+        raise ValueError(
+            f"memory allows {available / 2**20:.0f} MiB for the pool, one block takes "
+            f"{size / 2**20:.1f} MiB and two are needed; raise memory_fraction or lower block_size"
+        )
+    print(
+        f"jpaged: pool of {num_blocks} blocks of {limits.block_size} tokens, "
+        f"{num_blocks * size / 2**30:.2f} GiB on {device.platform}"
+    )
+    return dataclasses.replace(limits, num_blocks=num_blocks)
+
+
+def _backend(name: str, device: jax.Device) -> Backend:
+    if name == "auto":
+        return default_backend(device.platform)
+    try:
+        return Backend(name)
+    except ValueError:
+        names = ["auto", *(backend.value for backend in Backend)]
+        raise ValueError(f"attention_backend must be one of {names}, got {name!r}") from None
+
+
+def _dtype(name: str, checkpoint: Checkpoint, device: jax.Device) -> DTypeLike:
+    """The dtype of the weights; "auto" depends on the device and the checkpoint."""
+    if name != "auto":
+        return jnp.dtype(name)
+    if device.platform == "cpu":
+        return jnp.dtype("float32")
+    wanted = jnp.dtype("bfloat16" if checkpoint.quantized else checkpoint.config.dtype)
+    capability = getattr(device, "compute_capability", None)
+    has_bfloat16 = capability is None or float(capability) >= 8.0
+    if wanted == jnp.bfloat16 and not has_bfloat16:
+        return jnp.dtype("float16")
+    return wanted
+
+
+def _tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
+    """The checkpoint's tokenizer, or None where it has none: token ids still work."""
+    try:
+        return checkpoint.tokenizer
+    except ValueError:
+        return None
+
+
+def _or(value: int | None, default: int) -> int:
+    return default if value is None else value

@@ -1,0 +1,43 @@
+"""What one step will do, decided before it runs."""
+
+import dataclasses
+
+from jpaged.requests import Sequence
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ScheduledRow:
+    """One sequence's part of a step: its tokens `start` to `start + num_tokens - 1`.
+
+    `samples` says that the step reaches the last known token, so that its logits pick the next.
+    `new_blocks` are the (column, block id) pairs that the device's table lacks. `is_new` rows were
+    assigned in this step: the device needs their seeds and parameters. A row that `feeds_back`
+    has one token, the one that the device sampled last on this row.
+    """
+
+    sequence: Sequence
+    row: int
+    start: int
+    num_tokens: int
+    samples: bool
+    new_blocks: tuple[tuple[int, int], ...]
+    is_new: bool
+    feeds_back: bool
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of the sequence whose K/V are in the pool after the step."""
+        return self.start + self.num_tokens
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step: the rows with one token first (`num_decodes` of them), then the longer chunks.
+
+    `preempted` sequences lost their row and blocks while the step was planned.
+    """
+
+    rows: tuple[ScheduledRow, ...]
+    num_tokens: int
+    num_decodes: int
+    preempted: tuple[Sequence, ...]

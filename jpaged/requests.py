@@ -1,0 +1,102 @@
+"""What a caller sent, and the token streams that answer it."""
+
+import dataclasses
+from typing import Literal
+
+from jpaged.detokenize import Detokenizer
+from jpaged.outputs import Logprob
+from jpaged.params import SamplingParams
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Request:
+    """One prompt with its parameters; makes its `params.n` sequences itself.
+
+    `seed` is the caller's or a drawn one, so that the noise depends on nothing else that runs.
+    `arrival` is set by `Scheduler.add`, and orders the queue.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    seed: int
+    arrival: int = -1
+    sequences: "list[Sequence]" = dataclasses.field(default_factory=list, repr=False)
+    num_failures: int = 0
+    error: BaseException | None = None
+
+    def __post_init__(self) -> None:
+        if not self.sequences:
+            self.sequences = [Sequence(self, index) for index in range(self.params.n)]
+
+    @property
+    def finished(self) -> bool:
+        """Whether every sequence has ended."""
+        return all(sequence.finished for sequence in self.sequences)
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Sequence:
+    """One token stream of a request.
+
+    `token_ids` is the prompt and then what was generated, and only ever grows. `row`, `block_ids`,
+    `num_computed_tokens` and `last_token_on_device` say what the device holds of it; they can all
+    be thrown away and computed again from `token_ids`.
+    """
+
+    request: Request = dataclasses.field(repr=False)
+    index: int
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    num_computed_tokens: int = 0
+    block_ids: list[int] = dataclasses.field(default_factory=list)
+    row: int | None = None
+    last_token_on_device: bool = False
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    logprobs: list[dict[int, Logprob]] = dataclasses.field(default_factory=list, repr=False)
+    cumulative_logprob: float = 0.0
+    detokenizer: Detokenizer | None = dataclasses.field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.token_ids:
+            self.token_ids = list(self.request.prompt_token_ids)
+
+    def forget_device(self) -> None:
+        """Forgets what the device holds; whoever calls this gives up the row and the blocks."""
+        self.num_computed_tokens = 0
+        self.block_ids = []
+        self.row = None
+        self.last_token_on_device = False
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known so far, prompt and generated."""
+        return len(self.token_ids)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - len(self.request.prompt_token_ids)
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """A copy of the tokens generated so far."""
+        return self.token_ids[len(self.request.prompt_token_ids) :]
+
+    @property
+    def finished(self) -> bool:
+        """Whether no more tokens will come."""
+        return self.finish_reason is not None
+
+    @property
+    def text(self) -> str:
+        """The text that is settled so far; empty with `detokenize=False`."""
+        return "" if self.detokenizer is None else self.detokenizer.text

@@ -1,0 +1,327 @@
+"""Which sequences run in the next step, with how many tokens, in which blocks."""
+
+import collections
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
+
+from jpaged.blocks import BlockPool
+from jpaged.config import EngineConfig
+from jpaged.errors import QueueFullError
+from jpaged.finish import finish, settle
+from jpaged.outputs import Logprob
+from jpaged.plan import ScheduledRow, StepPlan
+from jpaged.requests import FinishReason, Request, Sequence
+from jpaged.stats import Counters
+
+
+class Scheduler:
+    """Continuous batching over a pool of blocks, first come first served.
+
+    Each step hands out a budget of tokens: to running decodes, then to running prefills, then to
+    waiting sequences. `schedule` plans a step, the caller runs it, `commit` takes in its tokens.
+
+    Running sequences are in order of arrival and stand before all waiting ones. An exception may
+    leave everything but `requests` half changed; `recover` rebuilds the rest from it.
+    """
+
+    def __init__(self, config: EngineConfig, *, eos_token_ids: Iterable[int] = ()) -> None:
+        self.config = config
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.requests: dict[str, Request] = {}
+        self.counters = Counters()
+        self._num_arrivals = 0
+        self._start_over()
+        self._torn = False
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is unfinished."""
+        return bool(self.requests)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold a row."""
+        return len(self.running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences in the queue."""
+        return len(self.waiting)
+
+    @property
+    def num_tokens_held(self) -> int:
+        """Tokens whose K/V are in the pool."""
+        return sum(sequence.num_computed_tokens for sequence in self.running)
+
+    def add(self, request: Request) -> None:
+        """Queues each sequence of `request`, or raises and changes nothing."""
+        self._mend()
+        self.validate(request)
+        room = self.config.max_num_waiting - len(self.waiting)
+        if len(request.sequences) > room:
+            raise QueueFullError(
+                f"the queue holds {len(self.waiting)} sequences and has room for {room}, "
+                f"got {len(request.sequences)}; wait for some to finish or raise max_num_waiting"
+            )
+        self._torn = True
+        request.arrival = self._num_arrivals
+        self._num_arrivals += 1
+        self.waiting.update(dict.fromkeys(request.sequences))
+        self.counters.prompt_tokens += len(request.prompt_token_ids)
+        self.requests[request.request_id] = request  # last: from here on the request is ours
+        self._torn = False
+
+    def validate(self, request: Request) -> None:
+        """Raises ValueError for a request that could never run to its end."""
+        config, max_tokens = self.config, request.params.max_tokens
+        num_prompt = len(request.prompt_token_ids)
+        if request.request_id in self.requests:
+            raise ValueError(f"request_id {request.request_id!r} is in use by a running request")
+        if num_prompt == 0:
+            raise ValueError("the prompt must have at least one token, got none")
+        if num_prompt >= config.max_model_len:
+            raise ValueError(
+                f"the prompt has {num_prompt} tokens and max_model_len is {config.max_model_len}, "
+                "which must leave room for one more; shorten the prompt or raise max_model_len"
+            )
+        longest = config.max_model_len
+        if max_tokens is not None:
+            longest = min(num_prompt + max_tokens, longest)
+        num_needed, num_there = config.blocks_for(longest), config.num_blocks - 1
+        if num_needed > num_there:
+            raise ValueError(
+                f"{num_prompt} prompt tokens and max_tokens={max_tokens} may need {num_needed} "
+                f"blocks of {config.block_size} tokens and the pool has {num_there}, so the "
+                "request can never fit; lower max_tokens or raise num_blocks"
+            )
+
+    def schedule(self) -> StepPlan | None:
+        """Plans the next step, or returns None when there is nothing to do."""
+        self._mend()
+        assert self._plan is None, "a plan is either committed or given up by recover()"
+        if not self.running and not self.waiting:
+            return None
+        self._torn = True
+        draft = _Draft(self.config.max_num_batched_tokens)
+        self._continue_running(draft)
+        if not draft.preempted:
+            self._admit_waiting(draft)
+        self._plan = plan = draft.plan()
+        assert plan.rows, "the earliest sequence can always run: it fits the pool alone"
+        self._count_held(plan)
+        self._torn = False
+        return plan
+
+    def commit(
+        self,
+        plan: StepPlan,
+        token_ids: SequenceOf[int],
+        logprobs: SequenceOf[dict[int, Logprob] | None] | None = None,
+    ) -> list[Sequence]:
+        """Takes in what the step sampled; the sequences that got a token.
+
+        `token_ids` and `logprobs` have one entry for each row of the plan, ignored where the row
+        does not sample. Sequences that were aborted since are passed over.
+        """
+        assert plan is self._plan, "only the plan scheduled last can be committed, and only once"
+        assert not self._torn, "an abort was cut short since: recover() comes first"
+        num_rows = len(plan.rows)
+        if len(token_ids) != num_rows or (logprobs is not None and len(logprobs) != num_rows):
+            raise ValueError(f"the plan has {num_rows} rows, got {len(token_ids)} token ids")
+        self._torn = True
+        changed = []
+        for index, row in enumerate(plan.rows):
+            sequence = row.sequence
+            if sequence.finished:
+                continue
+            sequence.num_computed_tokens = row.seq_len
+            if row.samples:
+                self._take(sequence, int(token_ids[index]), logprobs[index] if logprobs else None)
+                changed.append(sequence)
+        self._drop_finished(changed)
+        self.counters.steps += 1
+        self._plan = None
+        self._torn = False
+        return changed
+
+    def abort(self, request_id: str) -> list[Sequence]:
+        """Ends what is unfinished of the request; nothing when it is unknown or already over."""
+        request = self.requests.get(request_id)
+        return [] if request is None else self._end([request], "abort")
+
+    def fail(self, requests: Iterable[Request], error: BaseException) -> list[Sequence]:
+        """Ends what is unfinished of `requests` with the reason "error"."""
+        known = [request for request in requests if request.request_id in self.requests]
+        for request in known:
+            request.error = error
+        return self._end(known, "error")
+
+    def recover(self) -> list[Sequence]:
+        """Rebuilds everything from `requests` after an exception; the sequences found finished.
+
+        All that is unfinished waits again, in order of arrival, with nothing computed. A token
+        that was taken in is kept, and checked in case the exception came before its check.
+        """
+        self._torn = True
+        self._start_over()
+        found = []
+        for request in list(self.requests.values()):
+            for sequence in request.sequences:
+                sequence.forget_device()
+                if not sequence.finished:
+                    settle(sequence, self.config.max_model_len, self.eos_token_ids, again=True)
+                if sequence.finished:
+                    found.append(sequence)
+                else:
+                    self.waiting[sequence] = None
+            if request.finished:
+                del self.requests[request.request_id]
+        self.counters.recoveries += 1
+        self._torn = False
+        return found
+
+    def _start_over(self) -> None:
+        """Makes all that is held free, and both queues empty."""
+        self._plan: StepPlan | None = None
+        self.pool = BlockPool(self.config.num_blocks)
+        self.free_rows = list(range(self.config.max_num_seqs - 1, -1, -1))
+        self.running: list[Sequence] = []
+        # Ordered, so that an aborted sequence leaves the middle of a long queue at no cost.
+        self.waiting: collections.OrderedDict[Sequence, None] = collections.OrderedDict()
+
+    def _mend(self) -> None:
+        """Recovers if the last call here was cut short and its caller did not."""
+        if self._torn:
+            self.recover()
+
+    def _continue_running(self, draft: "_Draft") -> None:
+        decodes = [s for s in self.running if s.num_tokens - s.num_computed_tokens == 1]
+        prefills = [s for s in self.running if s.num_tokens - s.num_computed_tokens > 1]
+        for sequence in (*decodes, *prefills):
+            num_tokens = min(sequence.num_tokens - sequence.num_computed_tokens, draft.num_left)
+            if sequence.row is None or num_tokens == 0:  # preempted just now, or out of budget
+                continue
+            num_blocks = self._num_missing(sequence, sequence.num_computed_tokens + num_tokens)
+            while num_blocks > self.pool.num_free and sequence.row is not None:
+                self._preempt_latest(draft)
+            if sequence.row is not None:
+                draft.add(sequence, num_tokens, self.pool.allocate(num_blocks))
+
+    def _admit_waiting(self, draft: "_Draft") -> None:
+        """Starts waiting sequences in order, while all their known tokens have free blocks."""
+        config = self.config
+        num_owed = sum(self._num_missing(s, s.num_tokens) for s in self.running)
+        while self.waiting and draft.num_left and len(self.running) < config.max_num_running:
+            sequence = next(iter(self.waiting))
+            num_needed = config.blocks_for(sequence.num_tokens)
+            if num_owed + num_needed > self.pool.num_free:
+                return
+            num_tokens = min(sequence.num_tokens, draft.num_left)
+            num_blocks = config.blocks_for(num_tokens)
+            num_owed += num_needed - num_blocks
+            del self.waiting[sequence]
+            self.running.append(sequence)
+            sequence.row = self.free_rows.pop()
+            draft.add(sequence, num_tokens, self.pool.allocate(num_blocks), is_new=True)
+
+    def _num_missing(self, sequence: Sequence, num_tokens: int) -> int:
+        return self.config.blocks_for(num_tokens) - len(sequence.block_ids)
+
+    def _preempt_latest(self, draft: "_Draft") -> None:
+        """Sends the latest arrival back to the head of the queue, to be computed again."""
+        sequence = self.running.pop()
+        draft.remove(sequence)
+        self._release(sequence)
+        self.waiting[sequence] = None
+        self.waiting.move_to_end(sequence, last=False)
+        self.counters.preemptions += 1
+
+    def _count_held(self, plan: StepPlan) -> None:
+        counters, num_blocks = self.counters, self.pool.num_used
+        counters.computed_tokens += plan.num_tokens
+        counters.peak_blocks = max(counters.peak_blocks, num_blocks)
+        counters.held_tokens += self.num_tokens_held + plan.num_tokens
+        counters.held_slots += num_blocks * self.config.block_size
+
+    def _take(self, sequence: Sequence, token: int, logprobs: dict[int, Logprob] | None) -> None:
+        if logprobs is not None:  # before the token, which is what makes both count
+            sequence.logprobs.append(logprobs)
+            sequence.cumulative_logprob += logprobs[token].logprob
+        sequence.token_ids.append(token)
+        sequence.last_token_on_device = True
+        self.counters.generated_tokens += 1
+        settle(sequence, self.config.max_model_len, self.eos_token_ids)
+
+    def _end(self, requests: list[Request], reason: FinishReason) -> list[Sequence]:
+        self._mend()
+        self._torn = True
+        ended = [s for request in requests for s in request.sequences if not s.finished]
+        for sequence in ended:
+            finish(sequence, reason)
+        self._drop_finished(ended)
+        self._torn = False
+        return ended
+
+    def _drop_finished(self, sequences: list[Sequence]) -> None:
+        """Frees what the finished ones of `sequences` hold, and forgets finished requests."""
+        finished = [sequence for sequence in sequences if sequence.finished]
+        for sequence in finished:
+            if sequence.row is None:
+                self.waiting.pop(sequence, None)
+            else:
+                self._release(sequence)
+            if sequence.request.finished:
+                self.requests.pop(sequence.request.request_id, None)
+        if finished:
+            self.running = [sequence for sequence in self.running if not sequence.finished]
+
+    def _release(self, sequence: Sequence) -> None:
+        assert sequence.row is not None, "only a running sequence holds anything"
+        self.pool.free(sequence.block_ids)
+        self.free_rows.append(sequence.row)
+        sequence.forget_device()
+
+
+class _Draft:
+    """A plan in the making."""
+
+    def __init__(self, budget: int) -> None:
+        self.num_left = budget
+        self.rows: dict[Sequence, ScheduledRow] = {}
+        self.preempted: list[Sequence] = []
+
+    def add(
+        self, sequence: Sequence, num_tokens: int, block_ids: list[int], *, is_new: bool = False
+    ) -> None:
+        """Gives `sequence` some tokens of the step, and the blocks that they need."""
+        assert sequence.row is not None, "a row is assigned first"
+        start = sequence.num_computed_tokens
+        self.num_left -= num_tokens
+        self.rows[sequence] = ScheduledRow(
+            sequence=sequence,
+            row=sequence.row,
+            start=start,
+            num_tokens=num_tokens,
+            samples=start + num_tokens == sequence.num_tokens,
+            new_blocks=tuple(enumerate(block_ids, start=len(sequence.block_ids))),
+            is_new=is_new,
+            feeds_back=sequence.last_token_on_device and num_tokens == 1,
+        )
+        sequence.block_ids += block_ids
+
+    def remove(self, sequence: Sequence) -> None:
+        """Takes `sequence` out of the step, since it was preempted."""
+        row = self.rows.pop(sequence, None)
+        self.num_left += row.num_tokens if row else 0
+        self.preempted.append(sequence)
+
+    def plan(self) -> StepPlan:
+        """The step, with the rows that have one token in front."""
+        short = [row for row in self.rows.values() if row.num_tokens == 1]
+        long = [row for row in self.rows.values() if row.num_tokens > 1]
+        return StepPlan(
+            rows=(*short, *long),
+            num_tokens=sum(row.num_tokens for row in self.rows.values()),
+            num_decodes=len(short),
+            preempted=tuple(self.preempted),
+        )

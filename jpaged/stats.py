@@ -1,0 +1,85 @@
+"""What the engine holds and has done, in numbers."""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jpaged.scheduler import Scheduler
+
+
+@dataclasses.dataclass(slots=True)
+class Counters:
+    """Running totals, kept by the scheduler."""
+
+    steps: int = 0
+    preemptions: int = 0
+    recoveries: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    computed_tokens: int = 0
+    peak_blocks: int = 0
+    held_tokens: int = 0  # tokens held after a step, summed over the steps
+    held_slots: int = 0  # slots of the blocks that held them, likewise
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Stats:
+    """A snapshot of one engine.
+
+    `waste` is the share of allocated slots that hold no token, now; `mean_waste` weighs every step
+    so far by the slots it held. Both are 0 where nothing was held. `computed_tokens` counts what
+    the steps ran, so it exceeds the tokens known by what was computed again after a preemption or
+    a failed step.
+    """
+
+    running: int
+    waiting: int
+    num_blocks: int
+    blocks_used: int
+    blocks_free: int
+    peak_blocks: int
+    tokens_held: int
+    waste: float
+    mean_waste: float
+    steps: int
+    preemptions: int
+    recoveries: int
+    prompt_tokens: int
+    generated_tokens: int
+    computed_tokens: int
+    compiles: int
+    lazy_compiles: int
+
+
+def collect_stats(scheduler: "Scheduler", *, compiles: int = 0, lazy_compiles: int = 0) -> Stats:
+    """The scheduler's figures at this moment, and the runner's count of programs.
+
+    `compiles` counts every program compiled since the start, `lazy_compiles` those compiled while
+    requests were waiting for them.
+    """
+    counters = scheduler.counters
+    pool = scheduler.pool
+    tokens_held = scheduler.num_tokens_held
+    return Stats(
+        running=scheduler.num_running,
+        waiting=scheduler.num_waiting,
+        num_blocks=pool.num_blocks,
+        blocks_used=pool.num_used,
+        blocks_free=pool.num_free,
+        peak_blocks=counters.peak_blocks,
+        tokens_held=tokens_held,
+        waste=_waste(tokens_held, pool.num_used * scheduler.config.block_size),
+        mean_waste=_waste(counters.held_tokens, counters.held_slots),
+        steps=counters.steps,
+        preemptions=counters.preemptions,
+        recoveries=counters.recoveries,
+        prompt_tokens=counters.prompt_tokens,
+        generated_tokens=counters.generated_tokens,
+        computed_tokens=counters.computed_tokens,
+        compiles=compiles,
+        lazy_compiles=lazy_compiles,
+    )
+
+
+def _waste(num_tokens: int, num_slots: int) -> float:
+    return 1.0 - num_tokens / num_slots if num_slots else 0.0

@@ -1,0 +1,33 @@
+"""The networks: decoder definitions and the loading of their weights and tokenizers."""
+
+from jpaged_models.chat_template import ChatTemplate
+from jpaged_models.config import ModelConfig, RopeScaling, config_from_hf
+from jpaged_models.layers import Phase, Pools, StepContext
+from jpaged_models.registry import (
+    FAMILIES,
+    Decoder,
+    abstract_decoder,
+    load_decoder,
+    random_decoder,
+)
+from jpaged_models.tokenizer import Tokenizer
+from jpaged_models.weights import DEFAULT_MODEL, Checkpoint, open_checkpoint
+
+__all__ = [
+    "DEFAULT_MODEL",
+    "FAMILIES",
+    "ChatTemplate",
+    "Checkpoint",
+    "Decoder",
+    "ModelConfig",
+    "Phase",
+    "Pools",
+    "RopeScaling",
+    "StepContext",
+    "Tokenizer",
+    "abstract_decoder",
+    "config_from_hf",
+    "load_decoder",
+    "open_checkpoint",
+    "random_decoder",
+]

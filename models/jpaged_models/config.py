@@ -1,0 +1,363 @@
+"""The shape of a network, read from a Hugging Face config.json of either spelling."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+ARCHITECTURES = {  # config.json's model_type -> the class name it stands for
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+}
+ACTIVATIONS = {  # Hugging Face's name -> ours
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+DTYPES = ("float32", "bfloat16", "float16")
+ROPE_KINDS = ("default", "linear", "llama3")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How RoPE's frequencies are stretched; the last three fields are read by `llama3` alone."""
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ROPE_KINDS[1:]:
+            raise ValueError(f"RoPE scaling must be one of {ROPE_KINDS[1:]}, got {self.kind!r}")
+        if not self.factor > 0:
+            raise ValueError(f"a RoPE scaling factor must be above 0, got {self.factor}")
+        if self.kind == "llama3":
+            if not self.high_freq_factor > self.low_freq_factor > 0:
+                raise ValueError(
+                    "llama3 RoPE scaling needs high_freq_factor > low_freq_factor > 0, got "
+                    f"{self.high_freq_factor} and {self.low_freq_factor}"
+                )
+            if self.original_max_position_embeddings < 1:
+                raise ValueError(
+                    "llama3 RoPE scaling needs original_max_position_embeddings of at least 1, "
+                    f"got {self.original_max_position_embeddings}"
+                )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Everything that decides which arrays a network has and how they meet."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    max_position_embeddings: int
+    norm_eps: float
+    rope_theta: float | None  # None: learned positions
+    rope_scaling: RopeScaling | None
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    activation: str
+    layer_windows: tuple[int | None, ...]  # None: the layer sees everything
+    dtype: str  # the checkpoint's own
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        check_architecture(self.architecture)
+        for name in _SIZES:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and "
+                f"{self.num_kv_heads}"
+            )
+        if self.rope_theta is not None and self.head_size % 2:
+            raise ValueError(f"RoPE needs an even head_size, got {self.head_size}")
+        if len(self.layer_windows) != self.num_layers:
+            raise ValueError(
+                f"layer_windows needs one entry for each of {self.num_layers} layers, got "
+                f"{len(self.layer_windows)}"
+            )
+        if any(window is not None and window < 1 for window in self.layer_windows):
+            raise ValueError(f"a sliding window must be at least 1, got {self.layer_windows}")
+        if self.activation not in ACTIVATIONS.values():
+            raise ValueError(f"activation must be one of {_listed(ACTIVATIONS.values())}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {_listed(DTYPES)}, got {self.dtype!r}")
+
+    @property
+    def group_size(self) -> int:
+        """Query heads for each key/value head."""
+        return self.num_heads // self.num_kv_heads
+
+
+def config_from_hf(
+    raw: Mapping[str, Any], generation: Mapping[str, Any] | None = None
+) -> ModelConfig:
+    """The config that a parsed config.json describes.
+
+    Args:
+        raw: config.json, in the spelling of any Transformers version; absent keys take the
+            defaults of the architecture's Hugging Face class.
+        generation: generation_config.json, whose end-of-sequence ids join the config's.
+    """
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method", "unknown")
+        raise ValueError(
+            f"this checkpoint is quantised ({method}); load its unquantised weights or a GGUF file"
+        )
+    architecture = _architecture(raw)
+    make = _gpt2_fields if architecture == "GPT2LMHeadModel" else _llama_fields
+    ids = {**_IDS.get(architecture, {}), **raw}  # a null in the file means none
+    return ModelConfig(
+        architecture=architecture,
+        dtype=_dtype(raw),
+        bos_token_id=None if ids.get("bos_token_id") is None else _int(ids, "bos_token_id", None),
+        eos_token_ids=_eos_token_ids(ids, generation or {}),
+        **make(raw, architecture),
+    )
+
+
+def check_architecture(architecture: str) -> None:
+    """Raises a `ValueError` that names the supported ones if this is none of them."""
+    if architecture not in ARCHITECTURES.values():
+        raise ValueError(
+            f"architecture {architecture!r} is not supported; supported are "
+            f"{_listed(ARCHITECTURES.values())}"
+        )
+
+
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_size",
+    "max_position_embeddings",
+)
+
+# What each Hugging Face class assumes where config.json is silent.
+_LLAMA_DEFAULTS: dict[str, dict[str, Any]] = {
+    "LlamaForCausalLM": {
+        "vocab_size": 32000,
+        "intermediate_size": 11008,
+        "max_position_embeddings": 2048,
+    },
+    "MistralForCausalLM": {
+        "vocab_size": 32000,
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+    },
+    "Qwen2ForCausalLM": {
+        "vocab_size": 151936,
+        "intermediate_size": 22016,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 32768,
+    },
+    "Qwen3ForCausalLM": {
+        "vocab_size": 151936,
+        "intermediate_size": 22016,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 32768,
+        "head_dim": 128,
+    },
+}
+_IDS: dict[str, dict[str, Any]] = {
+    "LlamaForCausalLM": {"bos_token_id": 1, "eos_token_id": 2},
+    "MistralForCausalLM": {"bos_token_id": 1, "eos_token_id": 2},
+    "GPT2LMHeadModel": {"bos_token_id": 50256, "eos_token_id": 50256},
+}
+
+
+def _architecture(raw: Mapping[str, Any]) -> str:
+    names = raw.get("architectures")
+    if isinstance(names, list) and names:
+        architecture = str(names[0])
+    else:
+        model_type = str(raw.get("model_type", "missing"))
+        architecture = ARCHITECTURES.get(model_type, f"of model_type {model_type}")
+    check_architecture(architecture)
+    return architecture
+
+
+def _llama_fields(raw: Mapping[str, Any], architecture: str) -> dict[str, Any]:
+    """The fields of the Llama family; what its members differ in is named here and only here."""
+    defaults = _LLAMA_DEFAULTS[architecture]
+    hidden_size = _int(raw, "hidden_size", 4096)
+    num_layers = _int(raw, "num_hidden_layers", 32)
+    num_heads = _int(raw, "num_attention_heads", 32)
+    # A null count or size means the plain one in every class; what absence means differs.
+    absent = {key: value for key, value in defaults.items() if key not in raw}
+    num_kv_heads = _int(raw, "num_key_value_heads", absent.get("num_key_value_heads", num_heads))
+    head_size = _int(raw, "head_dim", absent.get("head_dim", hidden_size // max(num_heads, 1)))
+    max_positions = _int(raw, "max_position_embeddings", defaults["max_position_embeddings"])
+    attention_bias = bool(raw.get("attention_bias", False))
+    is_qwen2 = architecture == "Qwen2ForCausalLM"
+    biased = architecture in {"LlamaForCausalLM", "Qwen3ForCausalLM"} and attention_bias
+    theta, scaling = _rope(raw, max_positions)
+    return {
+        "vocab_size": _int(raw, "vocab_size", defaults["vocab_size"]),
+        "hidden_size": hidden_size,
+        "intermediate_size": _int(raw, "intermediate_size", defaults["intermediate_size"]),
+        "num_layers": num_layers,
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_size": head_size,
+        "max_position_embeddings": max_positions,
+        "norm_eps": _float(raw, "rms_norm_eps", 1e-6),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "tie_word_embeddings": bool(raw.get("tie_word_embeddings", False)),
+        "qkv_bias": biased or is_qwen2,
+        "output_bias": biased,
+        "mlp_bias": architecture == "LlamaForCausalLM" and bool(raw.get("mlp_bias", False)),
+        "qk_norm": architecture == "Qwen3ForCausalLM",
+        "activation": _activation(raw.get("hidden_act", "silu")),
+        "layer_windows": _layer_windows(raw, architecture, num_layers),
+    }
+
+
+def _gpt2_fields(raw: Mapping[str, Any], _architecture: str) -> dict[str, Any]:
+    """The fields of GPT-2, which spells most of them its own way."""
+    if not raw.get("scale_attn_weights", True) or raw.get("scale_attn_by_inverse_layer_idx"):
+        raise ValueError(
+            "GPT-2 with scale_attn_weights=False or scale_attn_by_inverse_layer_idx=True is not "
+            "supported; only the usual 1/sqrt(head size) scale is"
+        )
+    hidden_size = _int(raw, "n_embd", 768)
+    num_layers = _int(raw, "n_layer", 12)
+    num_heads = _int(raw, "n_head", 12)
+    if num_heads < 1 or hidden_size % num_heads:
+        raise ValueError(f"n_embd must be a multiple of n_head, got {hidden_size} and {num_heads}")
+    return {
+        "vocab_size": _int(raw, "vocab_size", 50257),
+        "hidden_size": hidden_size,
+        "intermediate_size": _int(raw, "n_inner", 4 * hidden_size),
+        "num_layers": num_layers,
+        "num_heads": num_heads,
+        "num_kv_heads": num_heads,
+        "head_size": hidden_size // num_heads,
+        "max_position_embeddings": _int(raw, "n_positions", 1024),
+        "norm_eps": _float(raw, "layer_norm_epsilon", 1e-5),
+        "rope_theta": None,
+        "rope_scaling": None,
+        "tie_word_embeddings": bool(raw.get("tie_word_embeddings", True)),
+        "qkv_bias": True,
+        "output_bias": True,
+        "mlp_bias": True,
+        "qk_norm": False,
+        "activation": _activation(raw.get("activation_function", "gelu_new")),
+        "layer_windows": (None,) * num_layers,
+    }
+
+
+def _rope(raw: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScaling | None]:
+    """Theta and scaling from `rope_theta`/`rope_scaling`, or from Transformers 5's one dict."""
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    theta = _float(rope, "rope_theta", _float(raw, "rope_theta", 10000.0))
+    partial = _float(rope, "partial_rotary_factor", _float(raw, "partial_rotary_factor", 1.0))
+    if partial != 1.0:
+        raise ValueError(f"partial_rotary_factor must be 1, got {partial}: it is not supported")
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "default":
+        return theta, None
+    if kind == "linear":
+        return theta, RopeScaling(kind="linear", factor=_float(rope, "factor", None))
+    if kind != "llama3":
+        raise ValueError(
+            f"RoPE type {kind!r} is not supported; supported are {_listed(ROPE_KINDS)}"
+        )
+    return theta, RopeScaling(
+        kind="llama3",
+        factor=_float(rope, "factor", None),
+        low_freq_factor=_float(rope, "low_freq_factor", 1.0),
+        high_freq_factor=_float(rope, "high_freq_factor", 4.0),
+        original_max_position_embeddings=_int(
+            rope, "original_max_position_embeddings", max_positions
+        ),
+    )
+
+
+def _layer_windows(
+    raw: Mapping[str, Any], architecture: str, num_layers: int
+) -> tuple[int | None, ...]:
+    window = raw.get("sliding_window", 4096)  # null means none, absence the classes' default
+    if architecture == "LlamaForCausalLM":
+        return (None,) * num_layers
+    if architecture == "MistralForCausalLM":
+        return (window,) * num_layers
+    if not raw.get("use_sliding_window", False):
+        return (None,) * num_layers
+    first = _int(raw, "max_window_layers", 28)
+    kinds = raw.get("layer_types") or [
+        "sliding_attention" if layer >= first else "full_attention" for layer in range(num_layers)
+    ]
+    unknown = set(kinds) - {"sliding_attention", "full_attention"}
+    if unknown:
+        raise ValueError(f"layer_types may be full_attention or sliding_attention, got {unknown}")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _eos_token_ids(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:
+    """Every id that ends a text, generation_config.json's first, each once."""
+    found: list[int] = []
+    for source in (generation.get("eos_token_id"), raw.get("eos_token_id")):
+        ids = source if isinstance(source, list) else [] if source is None else [source]
+        found += [int(token_id) for token_id in ids]
+    return tuple(dict.fromkeys(found))
+
+
+def _dtype(raw: Mapping[str, Any]) -> str:
+    name = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"checkpoints of dtype {name!r} are not supported; {_listed(DTYPES)} are")
+    return name
+
+
+def _activation(name: str) -> str:
+    if name not in ACTIVATIONS:
+        raise ValueError(
+            f"activation {name!r} is not supported; supported are {_listed(ACTIVATIONS)}"
+        )
+    return ACTIVATIONS[name]
+
+
+def _int(raw: Mapping[str, Any], key: str, default: int | None) -> int:
+    value = raw.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"config.json: {key} must be an integer, got {value!r}")  # noqa: TRY004
+    return value
+
+
+def _float(raw: Mapping[str, Any], key: str, default: float | None) -> float:
+    value = raw.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"config.json: {key} must be a number, got {value!r}")  # noqa: TRY004
+    return float(value)
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(dict.fromkeys(names))

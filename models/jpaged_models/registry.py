@@ -1,0 +1,106 @@
+"""Architecture name to decoder: what can be loaded, and how its weights are laid out."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol, cast
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, DTypeLike, Float, Int32
+
+from jpaged_models.config import ModelConfig
+from jpaged_models.gpt2 import GPT2, gpt2_weights
+from jpaged_models.layers import Pools, StepContext
+from jpaged_models.llama import Llama, llama_weights
+from jpaged_models.weights import Checkpoint
+
+
+class Decoder(Protocol):
+    """What the engine asks of a network."""
+
+    config: ModelConfig
+
+    def __call__(
+        self, tokens: Int32[Array, " T"], pools: Pools, context: StepContext
+    ) -> tuple[Float[Array, "T D"], Pools]: ...
+
+    def logits(self, hidden: Float[Array, "T D"]) -> Float[Array, "T V"]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A decoder class, and the layout of its weights in a Hugging Face checkpoint."""
+
+    module: Callable[..., Any]
+    weights: Callable[[ModelConfig, Callable[[str], np.ndarray]], dict]
+
+
+_LLAMA = Family(Llama, llama_weights)
+FAMILIES: dict[str, Family] = {
+    "LlamaForCausalLM": _LLAMA,
+    "MistralForCausalLM": _LLAMA,
+    "Qwen2ForCausalLM": _LLAMA,
+    "Qwen3ForCausalLM": _LLAMA,
+    "GPT2LMHeadModel": Family(GPT2, gpt2_weights),
+}
+
+
+def abstract_decoder(config: ModelConfig, *, dtype: DTypeLike) -> Decoder:
+    """A decoder whose parameters are shapes: for loading into, and for compiling without weights."""
+    module = FAMILIES[config.architecture].module
+    return cast(Decoder, nnx.eval_shape(lambda: module(config, dtype=dtype, rngs=nnx.Rngs(0))))
+
+
+def random_decoder(config: ModelConfig, *, dtype: DTypeLike, seed: int) -> Decoder:
+    """A decoder with weights drawn from N(0, 0.02)."""
+    module = FAMILIES[config.architecture].module
+    return cast(Decoder, module(config, dtype=dtype, rngs=nnx.Rngs(seed)))
+
+
+def load_decoder(checkpoint: Checkpoint, *, dtype: DTypeLike) -> Decoder:
+    """The checkpoint's decoder on the default device, in `dtype`.
+
+    Raises:
+        ValueError: a tensor is missing or has another shape than the config says.
+    """
+    config = checkpoint.config
+    names = checkpoint.names()
+
+    def read(name: str) -> np.ndarray:
+        if name not in names:
+            # Base models saved without their head's wrapper drop the first part of each name.
+            short = name.partition(".")[2]
+            if short not in names:
+                raise ValueError(
+                    f"{checkpoint.source}: tensor {name!r} is missing for a "
+                    f"{config.architecture}; found {len(names)} tensors, such as "
+                    f"{sorted(names)[:3]}. Is the download complete?"
+                )
+            name = short
+        return checkpoint.tensor(name)
+
+    graph, abstract = nnx.split(abstract_decoder(config, dtype=dtype))
+    weights = FAMILIES[config.architecture].weights(config, read)
+    placed = _place(nnx.to_pure_dict(abstract), weights, dtype, path=())
+    nnx.replace_by_pure_dict(abstract, placed)
+    return cast(Decoder, nnx.merge(graph, abstract))
+
+
+def _place(wanted: dict, found: dict, dtype: DTypeLike, path: tuple) -> dict:
+    """Host arrays moved to the device leaf by leaf, each checked against the shape wanted."""
+    placed = {}
+    for key, leaf in wanted.items():
+        if isinstance(leaf, dict):
+            inner = found[key]
+            placed[key] = _place(leaf, inner() if callable(inner) else inner, dtype, (*path, key))
+            continue
+        array = found.pop(key)  # freed on the host as soon as the device has it
+        if array.shape != leaf.shape:
+            name = ".".join(map(str, (*path, key)))
+            raise ValueError(
+                f"{name}: expected shape {leaf.shape}, got {array.shape}; "
+                "the config does not belong to these weights"
+            )
+        placed[key] = jax.device_put(np.ascontiguousarray(array).astype(dtype))
+    return placed

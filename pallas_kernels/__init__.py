@@ -1,0 +1,31 @@
+"""Attention over a paged pool of keys and values: arrays in, arrays out."""
+
+from pallas_kernels.dispatch import (
+    Backend,
+    default_backend,
+    paged_attention,
+    paged_decode,
+    write_kv,
+)
+from pallas_kernels.layout import (
+    NULL_BLOCK,
+    PagedBatch,
+    pool_shape,
+    positions_of_tokens,
+    rows_of_tokens,
+    slots_of_tokens,
+)
+
+__all__ = [
+    "NULL_BLOCK",
+    "Backend",
+    "PagedBatch",
+    "default_backend",
+    "paged_attention",
+    "paged_decode",
+    "pool_shape",
+    "positions_of_tokens",
+    "rows_of_tokens",
+    "slots_of_tokens",
+    "write_kv",
+]

@@ -1,0 +1,75 @@
+"""The shortest readable oracle of each job, in float32: what every other backend must equal."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.layout import MASKED, PagedBatch
+
+
+def paged_attention(
+    q: Float[Array, "T N H"],
+    pool: Float[Array, "P K S W"],
+    batch: PagedBatch,
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> Float[Array, "T N H"]:
+    """Causal attention of a ragged batch over the pool, one token at a time."""
+    T, N, H = q.shape
+    _, K, S, _ = pool.shape
+    C = batch.block_tables.shape[1] * S
+    context = jnp.arange(C)
+
+    def attend(token: Int32[Array, ""]) -> Float[Array, "N H"]:
+        row = jnp.sum(batch.query_starts[1:] <= token)  # the number of rows for a padding token
+        table = batch.block_tables.at[row].get(mode="fill", fill_value=0)
+        position = batch.seq_lens[row] - batch.query_starts[row + 1] + token
+        visible_C = context <= position
+        if window is not None:
+            visible_C &= context > position - window
+        kv = jnp.moveaxis(pool[table], 1, 0).reshape(K, C, 2 * H).astype(jnp.float32)
+        kv = jnp.where(visible_C[None, :, None], kv, 0)  # unused slots may hold NaN
+        q_KGH = q[token].reshape(K, N // K, H).astype(jnp.float32)
+        logits_KGC = jnp.einsum("KGH,KCH->KGC", q_KGH, kv[..., :H]) * scale
+        if soft_cap is not None:
+            logits_KGC = soft_cap * jnp.tanh(logits_KGC / soft_cap)
+        weights_KGC = jax.nn.softmax(jnp.where(visible_C[None, None, :], logits_KGC, MASKED))
+        out = jnp.einsum("KGC,KCH->KGH", weights_KGC, kv[..., H:]).reshape(N, H)
+        return jnp.where(row < batch.seq_lens.shape[0], out, 0).astype(q.dtype)
+
+    return jax.lax.map(attend, jnp.arange(T))
+
+
+def paged_decode(
+    q: Float[Array, "B N H"],
+    pool: Float[Array, "P K S W"],
+    block_tables: Int32[Array, "B M"],
+    seq_lens: Int32[Array, " B"],
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> Float[Array, "B N H"]:
+    """Attention of one query token a row; a row of length 0 gives zeros."""
+    starts = jnp.arange(q.shape[0] + 1, dtype=jnp.int32)
+    batch = PagedBatch(block_tables, starts, seq_lens, jnp.int32(q.shape[0]))
+    out = paged_attention(q, pool, batch, scale=scale, window=window, soft_cap=soft_cap)
+    return jnp.where(seq_lens[:, None, None] > 0, out, 0)
+
+
+def write_kv(
+    pool: Float[Array, "P K S W"],
+    k: Float[Array, "T K H"],
+    v: Float[Array, "T K H"],
+    slots: Int32[Array, " T"],
+) -> Float[Array, "P K S W"]:
+    """The pool with each token's K and V in its slot."""
+    S = pool.shape[2]
+    for token in range(k.shape[0]):
+        block, offset = slots[token] // S, slots[token] % S
+        pool = pool.at[block, :, offset].set(
+            jnp.concatenate([k[token], v[token]], axis=-1).astype(pool.dtype)
+        )
+    return pool

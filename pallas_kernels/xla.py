@@ -1,0 +1,251 @@
+"""The `xla` backend: plain jax.numpy with bounded memory, written for speed on a CPU.
+
+Every loop here walks block columns under a dynamic trip count with an online softmax
+(Milakov and Gimelshein, arXiv 1805.02867), so time follows the tokens that are live, not the
+width of the table, and no padded copy of a context is ever made.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
+
+from pallas_kernels.layout import MASKED, PagedBatch, pad_lanes
+
+# Rows and tokens of a tile: rows x tokens x K x 2H x 4 bytes should stay inside a core's L2 cache;
+# at 3 KV heads of size 64, 8 rows of 128 tokens are 1.5 MB.
+DECODE_ROWS = 8
+DECODE_TOKENS = 128
+QUERY_TOKENS = 64
+CONTEXT_TOKENS = 256
+
+
+class Softmax(NamedTuple):
+    """An online softmax's running state: the highest logit, the sum, the weighted values."""
+
+    high: Float[Array, "*dims 1"]
+    total: Float[Array, "*dims 1"]
+    values: Float[Array, "*dims H"]
+
+
+def paged_decode(
+    q: Float[Array, "B N H"],
+    pool: Float[Array, "P K S W"],
+    block_tables: Int32[Array, "B M"],
+    seq_lens: Int32[Array, " B"],
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> Float[Array, "B N H"]:
+    """Attention of one query token a row, in groups of rows; a row of length 0 gives zeros.
+
+    A group walks as far as its longest row, and a group without tokens costs nothing: rows sorted
+    by length waste least.
+    """
+    B, N, H = q.shape
+    K = pool.shape[1]
+    rows = min(B, DECODE_ROWS)
+    groups = math.ceil(B / rows)
+    padding = groups * rows - B
+    q_groups = pad_lanes(q).reshape(B, K, N // K, 2 * H)
+    q_groups = jnp.pad(q_groups, [(0, padding), (0, 0), (0, 0), (0, 0)])
+    tables = jnp.pad(block_tables, [(0, padding), (0, 0)])
+    lens = jnp.pad(seq_lens, [(0, padding)])
+
+    def attend(group: Int32[Array, ""], out: Float[Array, "B K G H"]) -> Float[Array, "B K G H"]:
+        def take(x: Array) -> Array:
+            return jax.lax.dynamic_slice_in_dim(x, group * rows, rows)
+
+        found = _decode_group(
+            take(q_groups), pool, take(tables), take(lens), scale, window, soft_cap
+        )
+        return jax.lax.dynamic_update_slice_in_dim(out, found, group * rows, 0)
+
+    live_groups = jnp.max(jnp.where(lens > 0, jnp.arange(groups * rows) // rows + 1, 0))
+    out = jnp.zeros((groups * rows, K, N // K, H), q.dtype)
+    if groups == 1:
+        out = attend(jnp.int32(0), out)
+    else:
+        out = jax.lax.fori_loop(0, live_groups, attend, out)
+    return out[:B].reshape(B, N, H)
+
+
+def _decode_group(
+    q: Float[Array, "B K G W"],
+    pool: Float[Array, "P K S W"],
+    tables: Int32[Array, "B M"],
+    lens: Int32[Array, " B"],
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+) -> Float[Array, "B K G H"]:
+    """One group of rows against its blocks, a tile of block columns a turn."""
+    B, K, G, W = q.shape
+    S = pool.shape[2]
+    columns = max(1, DECODE_TOKENS // S)
+    tokens = columns * S
+    tables = jnp.pad(tables, [(0, 0), (0, -tables.shape[1] % columns)])
+    heads_K = jnp.arange(K)
+    q = q.astype(pool.dtype)
+
+    def walk(tile: Int32[Array, ""], state: Softmax) -> Softmax:
+        blocks_BM = jax.lax.dynamic_slice_in_dim(tables, tile * columns, columns, axis=1)
+        # Heads are part of the index, so that the gather itself puts them before the tokens.
+        kv = pool[blocks_BM[:, None, :], heads_K[None, :, None]].reshape(B, K, tokens, W)
+        positions_C = tile * tokens + jnp.arange(tokens)
+        visible_BC = positions_C[None, :] < lens[:, None]
+        kv = jnp.where(visible_BC[:, None, :, None], kv, 0)  # unused slots may hold NaN
+        if window is not None:
+            visible_BC &= positions_C[None, :] >= lens[:, None] - window
+        # The query's upper lanes are zero, and the values come out in the upper lanes: no K or V
+        # is ever sliced out of the tile, which would copy it.
+        return _absorb(state, q, kv, kv, visible_BC[:, None, None, :], scale, soft_cap)
+
+    state = Softmax(
+        jnp.full((B, K, G, 1), MASKED, jnp.float32),
+        jnp.zeros((B, K, G, 1), jnp.float32),
+        jnp.zeros((B, K, G, W), jnp.float32),
+    )
+    first = jnp.int32(0)
+    if window is not None:
+        first = jnp.maximum(jnp.min(jnp.where(lens > 0, lens, jnp.max(lens))) - window, 0) // tokens
+    state = jax.lax.fori_loop(first, -(-jnp.max(lens) // tokens), walk, state)
+    return _finish(state).astype(q.dtype)[..., W // 2 :]
+
+
+def paged_attention(
+    q: Float[Array, "T N H"],
+    pool: Float[Array, "P K S W"],
+    batch: PagedBatch,
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> Float[Array, "T N H"]:
+    """Causal attention of a ragged batch: decode rows by `paged_decode`, the others tile by tile.
+
+    A tile is up to QUERY_TOKENS queries of one row; it walks its context up to its last query.
+    """
+    T, N, H = q.shape
+    K = pool.shape[1]
+    B = batch.seq_lens.shape[0]
+    decode_lens = jnp.where(jnp.arange(B) < batch.num_decodes, batch.seq_lens, 0)
+    decoded = paged_decode(
+        q[:B], pool, batch.block_tables, decode_lens, scale=scale, window=window, soft_cap=soft_cap
+    )
+    query_lens_B = batch.query_starts[1:] - batch.query_starts[:-1]
+    query_tokens = min(QUERY_TOKENS, T)
+    tiles_B = jnp.where(jnp.arange(B) < batch.num_decodes, 0, -(-query_lens_B // query_tokens))
+    tile_ends_B = jnp.cumsum(tiles_B)
+    q_padded = jnp.pad(q, [(0, query_tokens), (0, 0), (0, 0)]).reshape(-1, K, N // K, H)
+
+    def attend(tile: Int32[Array, ""], out: Float[Array, "T K G H"]) -> Float[Array, "T K G H"]:
+        row = jnp.searchsorted(tile_ends_B, tile, side="right")
+        start = batch.query_starts[row]
+        start += (tile - tile_ends_B[row] + tiles_B[row]) * query_tokens
+        end = jnp.minimum(start + query_tokens, batch.query_starts[row + 1])
+        queries = jax.lax.dynamic_slice_in_dim(q_padded, start, query_tokens)
+        positions = batch.seq_lens[row] - batch.query_starts[row + 1] + start
+        positions += jnp.arange(query_tokens)
+        last = positions[0] + end - start - 1
+        found = _prefill_tile(
+            queries, pool, batch.block_tables[row], positions, last, scale, window, soft_cap
+        )
+        old = jax.lax.dynamic_slice_in_dim(out, start, query_tokens)
+        mine = (start + jnp.arange(query_tokens) < end)[:, None, None, None]
+        return jax.lax.dynamic_update_slice_in_dim(out, jnp.where(mine, found, old), start, 0)
+
+    out = jnp.zeros_like(q_padded)
+    out = jax.lax.dynamic_update_slice_in_dim(out, decoded.reshape(B, K, N // K, H), 0, 0)
+    out = jax.lax.fori_loop(0, tile_ends_B[-1], attend, out)
+    return out[:T].reshape(T, N, H)
+
+
+def _prefill_tile(
+    q: Float[Array, "T K G H"],
+    pool: Float[Array, "P K S W"],
+    table: Int32[Array, " M"],
+    positions: Int32[Array, " T"],
+    last: Int32[Array, ""],
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+) -> Float[Array, "T K G H"]:
+    """Consecutive queries of one row against its context up to position `last`."""
+    T, K, G, H = q.shape
+    S = pool.shape[2]
+    columns = max(1, CONTEXT_TOKENS // S)
+    tokens = columns * S
+    table = jnp.pad(table, (0, -table.shape[0] % columns))
+    heads_K = jnp.arange(K)
+    q_KQH = jnp.moveaxis(q, 0, 1).reshape(K, T * G, H).astype(pool.dtype)
+    positions_Q = jnp.repeat(positions, G)
+
+    def walk(tile: Int32[Array, ""], state: Softmax) -> Softmax:
+        blocks_M = jax.lax.dynamic_slice_in_dim(table, tile * columns, columns)
+        kv = pool[blocks_M[None, :], heads_K[:, None]].reshape(K, tokens, 2 * H)
+        context_C = tile * tokens + jnp.arange(tokens)
+        kv = jnp.where((context_C <= last)[None, :, None], kv, 0)  # unused slots may hold NaN
+        visible_QC = context_C[None, :] <= jnp.minimum(positions_Q, last)[:, None]
+        if window is not None:
+            visible_QC &= context_C[None, :] > positions_Q[:, None] - window
+        keys, values = kv[..., :H], kv[..., H:]  # many queries: a copy is cheaper than 2H lanes
+        return _absorb(state, q_KQH, keys, values, visible_QC[None], scale, soft_cap)
+
+    state = Softmax(
+        jnp.full((K, T * G, 1), MASKED, jnp.float32),
+        jnp.zeros((K, T * G, 1), jnp.float32),
+        jnp.zeros((K, T * G, H), jnp.float32),
+    )
+    first = jnp.int32(0)
+    if window is not None:
+        first = jnp.maximum(positions[0] - window + 1, 0) // tokens
+    state = jax.lax.fori_loop(first, last // tokens + 1, walk, state)
+    return jnp.moveaxis(_finish(state).reshape(K, T, G, H), 1, 0).astype(q.dtype)
+
+
+def _absorb(
+    state: Softmax,
+    q: Float[Array, "*dims Q A"],
+    keys: Float[Array, "*dims C A"],
+    values: Float[Array, "*dims C D"],
+    visible: Bool[Array, "..."],
+    scale: float,
+    soft_cap: float | None,
+) -> Softmax:
+    """The state after one more tile. Masked values must be finite: zero times NaN is NaN."""
+    logits = jnp.einsum("...QA,...CA->...QC", q, keys, preferred_element_type=jnp.float32) * scale
+    if soft_cap is not None:
+        logits = soft_cap * jnp.tanh(logits / soft_cap)
+    logits = jnp.where(visible, logits, MASKED)
+    high = jnp.maximum(state.high, jnp.max(logits, axis=-1, keepdims=True))
+    shrink = jnp.exp(state.high - high)
+    weights = jnp.where(visible, jnp.exp(logits - high), 0)
+    weighted = jnp.einsum(
+        "...QC,...CD->...QD",
+        weights.astype(values.dtype),
+        values,
+        preferred_element_type=jnp.float32,
+    )
+    total = state.total * shrink + jnp.sum(weights, axis=-1, keepdims=True)
+    return Softmax(high, total, state.values * shrink + weighted)
+
+
+def _finish(state: Softmax) -> Float[Array, "*dims H"]:
+    """The weighted mean; zeros where nothing was visible."""
+    return state.values / jnp.where(state.total > 0, state.total, 1)
+
+
+def write_kv(
+    pool: Float[Array, "P K S W"],
+    k: Float[Array, "T K H"],
+    v: Float[Array, "T K H"],
+    slots: Int32[Array, " T"],
+) -> Float[Array, "P K S W"]:
+    """The pool with each token's K and V in its slot; in place where the caller donated it."""
+    S = pool.shape[2]
+    kv = jnp.concatenate([k, v], axis=-1).astype(pool.dtype)
+    return pool.at[slots // S, :, slots % S].set(kv, mode="drop")

@@ -1,0 +1,146 @@
+"""Requests whose tokens are known beforehand, and exceptions at chosen points of host code."""
+
+import contextlib
+import random
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import tokenizers
+
+from jpaged.config import EngineConfig
+from jpaged.detokenize import Detokenizer
+from jpaged.invariants import check
+from jpaged.params import SamplingParams
+from jpaged.plan import StepPlan
+from jpaged.requests import Request, Sequence
+from jpaged.scheduler import Scheduler
+
+LETTERS = "abcdefg"  # token i is the i-th letter
+EOS = 6
+HOST_CODE = str(Path(sys.modules[Scheduler.__module__].__file__ or "").parent)
+
+
+class LetterTokenizer:
+    """One letter a token, so that a test can read the text off the token ids."""
+
+    def __init__(self) -> None:
+        vocabulary = {letter: index for index, letter in enumerate(LETTERS)}
+        model = tokenizers.models.WordLevel(vocabulary, unk_token="a")
+        self.backend = tokenizers.Tokenizer(model)
+        self.backend.decoder = tokenizers.decoders.Fuse()
+
+
+TOKENIZER = LetterTokenizer()
+
+
+class InjectedError(BaseException):
+    """Raised by `interrupt`; like KeyboardInterrupt it is no `Exception`."""
+
+
+def make_scheduler(**changes: int) -> Scheduler:
+    limits = {
+        "block_size": 8,
+        "num_blocks": 14,
+        "max_num_seqs": 5,
+        "max_num_batched_tokens": 11,
+        "max_model_len": 70,
+    }
+    return Scheduler(EngineConfig(**limits | changes), eos_token_ids=[EOS])
+
+
+def make_request(name: str, num_prompt: int, *, seed: int = 1, **params: object) -> Request:
+    """A request that asks for 6 tokens and ignores the end of sequence, unless told otherwise."""
+    given = {"max_tokens": 6, "ignore_eos": True} | params
+    request = Request(
+        request_id=name,
+        prompt=None,
+        prompt_token_ids=[index % len(LETTERS) for index in range(num_prompt)],
+        params=SamplingParams(**given),  # pyright: ignore[reportArgumentType]
+        seed=seed,
+    )
+    for sequence in request.sequences:
+        sequence.detokenizer = Detokenizer(
+            TOKENIZER,
+            prompt_token_ids=request.prompt_token_ids,
+            skip_special_tokens=True,
+            stop=request.params.stop,
+            include_stop_str_in_output=request.params.include_stop_str_in_output,
+            min_tokens=request.params.min_tokens,
+        )
+    return request
+
+
+def scripted_token(sequence: Sequence, position: int) -> int:
+    """The token at `position`, like a model's: it depends on nothing else that runs."""
+    return random.Random(f"{sequence.request.seed} {sequence.index} {position}").randrange(7)
+
+
+def scripted_tokens(plan: StepPlan) -> list[int]:
+    """What the device would send back; rubbish where a row does not sample."""
+    return [scripted_token(row.sequence, row.seq_len) if row.samples else -1 for row in plan.rows]
+
+
+def step(scheduler: Scheduler) -> StepPlan | None:
+    """One step with its checks."""
+    plan = scheduler.schedule()
+    if plan is not None:
+        check(scheduler, plan)
+        scheduler.commit(plan, scripted_tokens(plan))
+    check(scheduler)
+    return plan
+
+
+def run_to_end(scheduler: Scheduler, most: int = 2_000) -> int:
+    """Steps until nothing is left; the number of steps."""
+    for num_steps in range(most):
+        if step(scheduler) is None:
+            return num_steps
+    raise AssertionError(f"still {len(scheduler.requests)} requests after {most} steps")
+
+
+def expected_ending(sequence: Sequence, max_model_len: int) -> tuple[list[int], str, str]:
+    """The tokens, text and finish reason of a sequence that nobody disturbs."""
+    params, token_ids, text = sequence.request.params, [], ""
+    num_prompt = sequence.num_prompt_tokens
+    while True:
+        token = scripted_token(sequence, num_prompt + len(token_ids))
+        token_ids.append(token)
+        counts = len(token_ids) > params.min_tokens
+        if counts and (token in params.stop_token_ids or (token == EOS and not params.ignore_eos)):
+            return token_ids, text, "stop"
+        text += LETTERS[token]
+        for stop in params.stop:
+            if counts and text.endswith(stop):
+                return token_ids, text.removesuffix(stop), "stop"
+        if len(token_ids) == params.max_tokens or num_prompt + len(token_ids) == max_model_len:
+            return token_ids, text, "length"
+
+
+def assert_undisturbed(sequence: Sequence, max_model_len: int) -> None:
+    token_ids, text, reason = expected_ending(sequence, max_model_len)
+    assert sequence.output_token_ids == token_ids
+    assert (sequence.text, sequence.finish_reason) == (text, reason)
+
+
+@contextlib.contextmanager
+def interrupt(after: int) -> Iterator[list[int]]:
+    """Raises `InjectedError` at one bytecode of jpaged's code; yields the count of those run."""
+    before, count = sys.gettrace(), [0]
+
+    def trace(frame: types.FrameType, event: str, _: object) -> object:
+        if not frame.f_code.co_filename.startswith(HOST_CODE):
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            count[0] += 1
+            if count[0] > after:
+                raise InjectedError(f"at bytecode {after}")
+        return trace
+
+    sys.settrace(trace)  # pyright: ignore[reportArgumentType]
+    try:
+        yield count
+    finally:
+        sys.settrace(before)

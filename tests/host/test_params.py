@@ -1,0 +1,145 @@
+"""What is accepted and refused as a parameter or a limit."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from jpaged.config import EngineConfig
+from jpaged.params import SamplingParams
+
+LIMITS = {
+    "block_size": 16,
+    "num_blocks": 30,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 64,
+    "max_model_len": 100,
+}
+
+
+def test_defaults_are_those_of_vllm():
+    params = SamplingParams()
+    assert (params.n, params.temperature, params.top_p, params.top_k, params.min_p) == (
+        1,
+        1.0,
+        1.0,
+        0,
+        0.0,
+    )
+    assert (params.max_tokens, params.min_tokens, params.seed, params.logprobs) == (
+        16,
+        0,
+        None,
+        None,
+    )
+    assert not params.greedy
+
+
+def test_values_are_stored_in_one_form():
+    params = SamplingParams(
+        stop="\n\n", stop_token_ids=[3, np.int64(5)], top_k=-1, temperature=0, n=np.int32(2)
+    )
+    assert params.stop == ("\n\n",)
+    assert params.stop_token_ids == (3, 5)
+    assert params.top_k == 0
+    assert params.greedy
+    assert type(params.n) is int
+    assert type(params.temperature) is float
+    assert SamplingParams(stop=["a", "bc"]).stop == ("a", "bc")
+    assert dataclasses.replace(params, temperature=0.5).stop == ("\n\n",)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n", 0),
+        ("n", -1),
+        ("temperature", -0.1),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("temperature", 1e-9),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+        ("top_p", math.nan),
+        ("top_k", -2),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("seed", 2**64),
+        ("seed", -(2**63) - 1),
+        ("stop", ""),
+        ("stop", ["a", ""]),
+        ("stop_token_ids", [-1]),
+        ("max_tokens", 0),
+        ("min_tokens", -1),
+        ("min_tokens", 17),
+        ("logprobs", -1),
+        ("logprobs", 21),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(name: str, value: object):
+    with pytest.raises(ValueError, match=name):
+        SamplingParams(**{name: value})  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n", True),
+        ("n", 1.0),
+        ("temperature", "0.5"),
+        ("temperature", False),
+        ("top_p", None),
+        ("top_k", 2.5),
+        ("seed", "7"),
+        ("stop", 3),
+        ("stop", [3]),
+        ("stop_token_ids", 3),
+        ("stop_token_ids", ["3"]),
+        ("ignore_eos", 1),
+        ("max_tokens", 4.0),
+        ("logprobs", True),
+        ("detokenize", "yes"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused_by_name(name: str, value: object):
+    with pytest.raises(TypeError, match=name):
+        SamplingParams(**{name: value})  # pyright: ignore[reportArgumentType]
+
+
+def test_an_unknown_keyword_is_a_type_error():
+    with pytest.raises(TypeError, match="max_token"):
+        SamplingParams(max_token=3)  # pyright: ignore[reportCallIssue]
+
+
+def test_stop_strings_without_text_are_refused():
+    with pytest.raises(ValueError, match="detokenize=True"):
+        SamplingParams(stop="x", detokenize=False)
+
+
+def test_every_seed_of_64_bits_is_taken_and_no_limit_of_tokens_too():
+    for seed in (-(2**63), -1, 0, 2**64 - 1):
+        assert SamplingParams(seed=seed).seed == seed
+    assert SamplingParams(max_tokens=None, min_tokens=400).max_tokens is None
+
+
+def test_engine_limits_derive_from_one_another():
+    config = EngineConfig(**LIMITS)
+    assert config.max_blocks_per_seq == 7  # 100 tokens in blocks of 16
+    assert config.max_num_running == 4
+    assert EngineConfig(**LIMITS | {"max_num_batched_tokens": 3}).max_num_running == 3
+    assert [config.blocks_for(count) for count in (0, 1, 16, 17)] == [0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("block_size", [4, 12, 24, 256])
+def test_a_block_size_that_is_no_power_of_two_in_range_is_refused(block_size: int):
+    with pytest.raises(ValueError, match=f"power of two from 8 to 128, got {block_size}"):
+        EngineConfig(**LIMITS | {"block_size": block_size})
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_engine_limits_are_positive_ints(name: str):
+    with pytest.raises(ValueError, match=f"{name} must be at least"):
+        EngineConfig(**LIMITS | {name: 0})
+    with pytest.raises(TypeError, match=f"{name} must be an int"):
+        EngineConfig(**LIMITS | {name: 2.0})  # pyright: ignore[reportArgumentType]

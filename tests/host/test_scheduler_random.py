@@ -1,0 +1,232 @@
+"""The scheduler under random use: every rule mixed, exceptions at any point, the same tokens."""
+
+import random
+
+import pytest
+from hypothesis import assume, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from jpaged.invariants import check
+from jpaged.requests import Request
+from jpaged.scheduler import Scheduler
+from tests.host.scripted import (
+    InjectedError,
+    assert_undisturbed,
+    interrupt,
+    make_request,
+    make_scheduler,
+    run_to_end,
+    scripted_tokens,
+    step,
+)
+
+MAX_MODEL_LEN = 70  # of make_scheduler
+
+
+class RandomUse(RuleBasedStateMachine):
+    """Requests come, go and are cut short; whatever is not aborted ends as if it ran alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scheduler = make_scheduler()
+        self.requests: list[Request] = []
+
+    @rule(
+        num_prompt=st.integers(1, 40),
+        n=st.integers(1, 3),
+        max_tokens=st.integers(1, 25),
+        min_tokens=st.integers(0, 3),
+        stop=st.lists(st.sampled_from(["ab", "c", "eee"]), max_size=2),
+        ignore_eos=st.booleans(),
+    )
+    def submit(self, num_prompt: int, max_tokens: int, min_tokens: int, **params: object) -> None:
+        request = make_request(
+            str(len(self.requests)),
+            num_prompt,
+            seed=len(self.requests),
+            max_tokens=max_tokens,
+            min_tokens=min(min_tokens, max_tokens),
+            **params,
+        )
+        self.scheduler.add(request)
+        self.requests.append(request)
+
+    @rule(num_steps=st.integers(1, 8))
+    def run(self, num_steps: int) -> None:
+        for _ in range(num_steps):
+            step(self.scheduler)
+
+    @precondition(lambda self: self.scheduler.has_work)
+    @rule(after=st.integers(0, 3_000))
+    def run_with_an_exception_in_the_host(self, after: int) -> None:
+        interrupted_step(self.scheduler, after)
+        self.scheduler.recover()
+
+    @precondition(lambda self: self.scheduler.has_work)
+    @rule()
+    def run_with_an_exception_on_the_device(self) -> None:
+        plan = self.scheduler.schedule()
+        check(self.scheduler, plan)
+        self.scheduler.recover()
+
+    @precondition(lambda self: self.scheduler.has_work)
+    @rule(choice=st.randoms(use_true_random=False))
+    def abort(self, choice: random.Random) -> None:
+        self.scheduler.abort(choice.choice(sorted(self.scheduler.requests)))
+
+    @precondition(lambda self: self.scheduler.has_work)
+    @rule(choice=st.randoms(use_true_random=False), after=st.integers(0, 300))
+    def abort_with_an_exception(self, choice: random.Random, after: int) -> None:
+        name = choice.choice(sorted(self.scheduler.requests))
+        try:
+            with interrupt(after):
+                self.scheduler.abort(name)
+        except InjectedError:
+            self.scheduler.recover()
+        self.scheduler.abort(name)
+
+    @precondition(lambda self: self.scheduler.has_work)
+    @rule(choice=st.randoms(use_true_random=False))
+    def abort_during_a_step(self, choice: random.Random) -> None:
+        plan = self.scheduler.schedule()
+        assume(plan is not None)
+        assert plan is not None
+        self.scheduler.abort(choice.choice(sorted(self.scheduler.requests)))
+        check(self.scheduler, plan)
+        self.scheduler.commit(plan, scripted_tokens(plan))
+
+    @invariant()
+    def promises_hold(self) -> None:
+        check(self.scheduler)
+
+    def teardown(self) -> None:
+        run_to_end(self.scheduler)
+        assert_all_ended_well(self.requests)
+
+
+TestRandomUse = RandomUse.TestCase
+TestRandomUse.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+
+
+def test_five_thousand_random_steps_keep_every_promise():
+    rng = random.Random(4)
+    scheduler = make_scheduler(num_blocks=24, max_num_seqs=9, max_num_batched_tokens=20)
+    requests: list[Request] = []
+    for _ in range(5_000):
+        if len(scheduler.requests) < 12 and rng.random() < 0.3:
+            requests.append(random_request(rng, str(len(requests))))
+            scheduler.add(requests[-1])
+        if scheduler.requests and rng.random() < 0.02:
+            scheduler.abort(rng.choice(list(scheduler.requests)))
+        if rng.random() < 0.01:
+            scheduler.schedule()
+            scheduler.recover()
+        step(scheduler)
+    run_to_end(scheduler)
+    assert_all_ended_well(requests)
+    assert scheduler.counters.preemptions > 50
+    assert scheduler.counters.recoveries > 30
+    assert scheduler.counters.generated_tokens > 10_000
+
+
+def test_an_exception_at_any_bytecode_loses_no_token_and_no_block():
+    with interrupt(10**9) as count:
+        run_small_scene(make_small_scene())
+    rng = random.Random(5)
+    for after in rng.sample(range(count[0]), 300):
+        scheduler, requests = make_small_scene()
+        try:
+            with interrupt(after):
+                run_small_scene((scheduler, requests))
+        except InjectedError:
+            scheduler.recover()
+        check(scheduler)
+        known = set(scheduler.requests.values())
+        run_to_end(scheduler)
+        for request in requests:
+            if request in known or request.finished:
+                assert_all_ended_well([request])
+            else:  # cut short in `add`: the request was not taken, and nothing is left of it
+                assert not any(s.block_ids or s.num_output_tokens for s in request.sequences)
+
+
+def test_the_next_call_mends_what_an_exception_left_where_nobody_recovered():
+    rng = random.Random(6)
+    for _ in range(60):
+        scheduler, requests = make_small_scene()
+        for request in requests:
+            scheduler.add(request)
+        for _ in range(3):
+            step(scheduler)
+        with pytest.raises(InjectedError), interrupt(rng.randrange(60)):
+            scheduler.abort("0")
+        run_to_end(scheduler)
+        assert_all_ended_well(requests)
+
+
+def test_a_recovery_cut_short_is_begun_again():
+    scheduler, requests = make_small_scene()
+    for request in requests:
+        scheduler.add(request)
+    for after in range(0, 2_000, 37):
+        step(scheduler)
+        try:
+            with interrupt(after):
+                scheduler.recover()
+        except InjectedError:
+            pass
+        run = scheduler.schedule()
+        scheduler.recover()
+        assert run is not None or not scheduler.has_work
+    run_to_end(scheduler)
+    assert_all_ended_well(requests)
+
+
+def interrupted_step(scheduler: Scheduler, after: int) -> None:
+    """A step that is cut short after so many bytecodes, if it has so many."""
+    try:
+        with interrupt(after):
+            plan = scheduler.schedule()
+            if plan is not None:
+                scheduler.commit(plan, scripted_tokens(plan))
+    except InjectedError:
+        pass
+
+
+def random_request(rng: random.Random, name: str) -> Request:
+    return make_request(
+        name,
+        rng.randrange(1, 50),
+        seed=int(name),
+        n=rng.choice([1, 1, 1, 2, 4]),
+        max_tokens=rng.randrange(1, 30),
+        stop=rng.choice([(), ("abc",), ("dd", "fa")]),
+        ignore_eos=rng.random() < 0.7,
+    )
+
+
+def make_small_scene() -> tuple[Scheduler, list[Request]]:
+    """Three requests that chunk, preempt, stop on text and end by length within a few steps."""
+    scheduler = make_scheduler(num_blocks=7, max_num_batched_tokens=24)
+    return scheduler, [
+        make_request("0", 14, seed=8, max_tokens=5),
+        make_request("1", 15, seed=2, max_tokens=7, stop=["fa", "ab"]),
+        make_request("2", 7, seed=3, max_tokens=12, n=2, ignore_eos=False),
+    ]
+
+
+def run_small_scene(scene: tuple[Scheduler, list[Request]]) -> None:
+    scheduler, requests = scene
+    for request in requests:
+        scheduler.add(request)
+    while (plan := scheduler.schedule()) is not None:
+        scheduler.commit(plan, scripted_tokens(plan))
+
+
+def assert_all_ended_well(requests: list[Request]) -> None:
+    for request in requests:
+        for sequence in request.sequences:
+            assert sequence.finished
+            if sequence.finish_reason != "abort":
+                assert_undisturbed(sequence, MAX_MODEL_LEN)
