@@ -57,6 +57,12 @@ def _check_tables(scheduler: Scheduler, plan: StepPlan | None) -> None:
             sequence.num_computed_tokens < sequence.num_tokens,
             "6: a running sequence has no token left to compute",
         )
+        _require(
+            sequence.num_computed_tokens == sequence.num_tokens - 1
+            or sequence is scheduler.running[-1]
+            or sequence in planned,
+            "7: a sequence other than the latest is in the middle of its prompt",
+        )
 
 
 def _check_plan(scheduler: Scheduler, plan: StepPlan) -> None:
@@ -72,6 +78,8 @@ def _check_plan(scheduler: Scheduler, plan: StepPlan) -> None:
     _require(len({row.row for row in plan.rows}) == len(lengths), "6: a row stands twice")
     _require(plan.num_decodes == lengths.count(1), f"6: num_decodes is {plan.num_decodes}")
     _require(set(lengths[: plan.num_decodes]) <= {1}, f"6: rows out of order: {lengths}")
+    planned = {row.sequence for row in plan.rows}
+    _require(planned.issuperset(scheduler.running), "6: a running sequence gets no token")
     for row in plan.rows:
         sequence = row.sequence
         if sequence.finished:  # aborted since
@@ -93,8 +101,8 @@ def _check_rows(scheduler: Scheduler) -> None:
         f"6: rows {rows} in use and {scheduler.free_rows} free are not all rows once",
     )
     _require(
-        len(rows) <= scheduler.config.max_num_running,
-        f"6: {len(rows)} sequences run, more than a step has tokens or rows for",
+        len(rows) <= scheduler.config.max_num_batched_tokens,
+        f"6: {len(rows)} sequences run, more than a step has tokens for",
     )
 
 

@@ -20,8 +20,11 @@ class Scheduler:
     Each step hands out a budget of tokens: to running decodes, then to running prefills, then to
     waiting sequences. `schedule` plans a step, the caller runs it, `commit` takes in its tokens.
 
-    Running sequences are in order of arrival and stand before all waiting ones. An exception may
-    leave everything but `requests` half changed; `recover` rebuilds the rest from it.
+    Running sequences are in order of arrival and stand before all waiting ones. Only the latest of
+    them can be in the middle of its prompt: it took what was left of the budget, so none was
+    admitted after it. The latest is also the one to be preempted, so it is never in the plan yet.
+
+    An exception may leave everything but `requests` half changed; `recover` rebuilds the rest.
     """
 
     def __init__(self, config: EngineConfig, *, eos_token_ids: Iterable[int] = ()) -> None:
@@ -195,13 +198,15 @@ class Scheduler:
             self.recover()
 
     def _continue_running(self, draft: "_Draft") -> None:
-        decodes = [s for s in self.running if s.num_tokens - s.num_computed_tokens == 1]
-        prefills = [s for s in self.running if s.num_tokens - s.num_computed_tokens > 1]
-        for sequence in (*decodes, *prefills):
-            num_tokens = min(sequence.num_tokens - sequence.num_computed_tokens, draft.num_left)
-            if sequence.row is None or num_tokens == 0:  # preempted just now, or out of budget
+        """Gives every running sequence a token, and the latest one as many as it has left."""
+        for sequence in list(self.running):
+            if sequence.row is None:  # preempted just now
                 continue
-            num_blocks = self._num_missing(sequence, sequence.num_computed_tokens + num_tokens)
+            num_tokens = min(sequence.num_tokens - sequence.num_computed_tokens, draft.num_left)
+            num_held = self.config.blocks_for(sequence.num_computed_tokens)
+            num_blocks = (
+                self.config.blocks_for(sequence.num_computed_tokens + num_tokens) - num_held
+            )
             while num_blocks > self.pool.num_free and sequence.row is not None:
                 self._preempt_latest(draft)
             if sequence.row is not None:
@@ -209,28 +214,21 @@ class Scheduler:
 
     def _admit_waiting(self, draft: "_Draft") -> None:
         """Starts waiting sequences in order, while all their known tokens have free blocks."""
-        config = self.config
-        num_owed = sum(self._num_missing(s, s.num_tokens) for s in self.running)
-        while self.waiting and draft.num_left and len(self.running) < config.max_num_running:
+        while self.waiting and self.free_rows and draft.num_left:
             sequence = next(iter(self.waiting))
-            num_needed = config.blocks_for(sequence.num_tokens)
-            if num_owed + num_needed > self.pool.num_free:
+            if self.config.blocks_for(sequence.num_tokens) > self.pool.num_free:
                 return
             num_tokens = min(sequence.num_tokens, draft.num_left)
-            num_blocks = config.blocks_for(num_tokens)
-            num_owed += num_needed - num_blocks
             del self.waiting[sequence]
             self.running.append(sequence)
             sequence.row = self.free_rows.pop()
-            draft.add(sequence, num_tokens, self.pool.allocate(num_blocks), is_new=True)
-
-    def _num_missing(self, sequence: Sequence, num_tokens: int) -> int:
-        return self.config.blocks_for(num_tokens) - len(sequence.block_ids)
+            block_ids = self.pool.allocate(self.config.blocks_for(num_tokens))
+            draft.add(sequence, num_tokens, block_ids, is_new=True)
 
     def _preempt_latest(self, draft: "_Draft") -> None:
         """Sends the latest arrival back to the head of the queue, to be computed again."""
         sequence = self.running.pop()
-        draft.remove(sequence)
+        draft.preempted.append(sequence)
         self._release(sequence)
         self.waiting[sequence] = None
         self.waiting.move_to_end(sequence, last=False)
@@ -287,7 +285,7 @@ class _Draft:
 
     def __init__(self, budget: int) -> None:
         self.num_left = budget
-        self.rows: dict[Sequence, ScheduledRow] = {}
+        self.rows: list[ScheduledRow] = []
         self.preempted: list[Sequence] = []
 
     def add(
@@ -297,7 +295,7 @@ class _Draft:
         assert sequence.row is not None, "a row is assigned first"
         start = sequence.num_computed_tokens
         self.num_left -= num_tokens
-        self.rows[sequence] = ScheduledRow(
+        row = ScheduledRow(
             sequence=sequence,
             row=sequence.row,
             start=start,
@@ -307,21 +305,16 @@ class _Draft:
             is_new=is_new,
             feeds_back=sequence.last_token_on_device and num_tokens == 1,
         )
+        self.rows.append(row)
         sequence.block_ids += block_ids
-
-    def remove(self, sequence: Sequence) -> None:
-        """Takes `sequence` out of the step, since it was preempted."""
-        row = self.rows.pop(sequence, None)
-        self.num_left += row.num_tokens if row else 0
-        self.preempted.append(sequence)
 
     def plan(self) -> StepPlan:
         """The step, with the rows that have one token in front."""
-        short = [row for row in self.rows.values() if row.num_tokens == 1]
-        long = [row for row in self.rows.values() if row.num_tokens > 1]
+        short = [row for row in self.rows if row.num_tokens == 1]
+        long = [row for row in self.rows if row.num_tokens > 1]
         return StepPlan(
             rows=(*short, *long),
-            num_tokens=sum(row.num_tokens for row in self.rows.values()),
+            num_tokens=sum(row.num_tokens for row in self.rows),
             num_decodes=len(short),
             preempted=tuple(self.preempted),
         )

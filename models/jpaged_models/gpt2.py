@@ -108,7 +108,7 @@ def _layer_weights(config: ModelConfig, read: Callable[[str], np.ndarray], layer
         "attention": {
             "qkv": read(prefix + "attn.c_attn.weight").reshape(D, 3, N, H).swapaxes(1, 2),
             "qkv_bias": read(prefix + "attn.c_attn.bias").reshape(3, N, H).swapaxes(0, 1),
-            "out": read(prefix + "attn.c_proj.weight").reshape(N, 1, H, D),
+            "out": read(prefix + "attn.c_proj.weight"),
             "out_bias": read(prefix + "attn.c_proj.bias"),
         },
         "mlp_norm": _norm(read, prefix + "ln_2"),

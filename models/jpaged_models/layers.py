@@ -104,7 +104,7 @@ class Attention(nnx.Module):
             config.head_size,
         )
         self.qkv = parameter(rngs, (D, K, G + 2, H), dtype)
-        self.out = parameter(rngs, (K, G, H, D), dtype)
+        self.out = parameter(rngs, (K * G * H, D), dtype)
         if config.qkv_bias:
             self.qkv_bias = nnx.Param(jnp.zeros((K, G + 2, H), dtype))
         if config.output_bias:
@@ -139,7 +139,7 @@ class Attention(nnx.Module):
         k, v = jnp.where(real, k, 0), jnp.where(real, v, 0)
         pool = write_kv(pool, k, v, context.slots, backend=context.backend)
         mixed = _attend(q, pool, context, scale=H**-0.5, window=window)
-        out = product("TKGH,KGHD->TD", mixed.reshape(T, K, G, H), self.out[...])
+        out = product("TA,AD->TD", mixed.reshape(T, K * G * H), self.out[...])
         if config.output_bias:
             out += self.out_bias[...][None]
         return out, pool

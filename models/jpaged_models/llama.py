@@ -110,7 +110,7 @@ def llama_weights(config: ModelConfig, read: Callable[[str], np.ndarray]) -> dic
 
 def _layer_weights(config: ModelConfig, read: Callable[[str], np.ndarray], layer: int) -> dict:
     prefix = f"model.layers.{layer}."
-    D, K, G, H = config.hidden_size, config.num_kv_heads, config.group_size, config.head_size
+    K, G, H = config.num_kv_heads, config.group_size, config.head_size
 
     def by_kv_head(kind: str) -> np.ndarray:
         parts = [read(f"{prefix}self_attn.{name}_proj.{kind}") for name in "qkv"]
@@ -119,7 +119,7 @@ def _layer_weights(config: ModelConfig, read: Callable[[str], np.ndarray], layer
 
     attention = {
         "qkv": np.moveaxis(by_kv_head("weight"), -1, 0),
-        "out": read(prefix + "self_attn.o_proj.weight").T.reshape(K, G, H, D),
+        "out": read(prefix + "self_attn.o_proj.weight").T,
     }
     if config.qkv_bias:
         attention["qkv_bias"] = by_kv_head("bias")

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from jpaged.invariants import check
-from jpaged.requests import Request
+from jpaged.outputs import Logprob
+from jpaged.requests import Request, Sequence
 from jpaged.scheduler import Scheduler
 from tests.host.scripted import (
     InjectedError,
@@ -142,6 +143,9 @@ def test_an_exception_at_any_bytecode_loses_no_token_and_no_block():
         except InjectedError:
             scheduler.recover()
         check(scheduler)
+        for request in requests:
+            for sequence in request.sequences:
+                assert_logprobs_belong(sequence)
         known = set(scheduler.requests.values())
         run_to_end(scheduler)
         for request in requests:
@@ -221,7 +225,8 @@ def run_small_scene(scene: tuple[Scheduler, list[Request]]) -> None:
     for request in requests:
         scheduler.add(request)
     while (plan := scheduler.schedule()) is not None:
-        scheduler.commit(plan, scripted_tokens(plan))
+        token_ids = scripted_tokens(plan)
+        scheduler.commit(plan, token_ids, [{token: Logprob(-float(token))} for token in token_ids])
 
 
 def assert_all_ended_well(requests: list[Request]) -> None:
@@ -230,3 +235,9 @@ def assert_all_ended_well(requests: list[Request]) -> None:
             assert sequence.finished
             if sequence.finish_reason != "abort":
                 assert_undisturbed(sequence, MAX_MODEL_LEN)
+
+
+def assert_logprobs_belong(sequence: Sequence) -> None:
+    token_ids = sequence.output_token_ids
+    assert [list(entry) for entry in sequence.logprobs] == [[token] for token in token_ids]
+    assert sequence.cumulative_logprob == -sum(token_ids)

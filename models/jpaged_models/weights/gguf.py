@@ -1,6 +1,5 @@
 """Checkpoints in one GGUF file, under Hugging Face's names."""
 
-import functools
 import pathlib
 import re
 
@@ -59,12 +58,15 @@ class GGUFCheckpoint:
         kinds = {tensor.kind for tensor in self._file.tensors.values()}
         self.quantized = any(kind.name not in PLAIN_TYPES for kind in kinds)
         _refuse_other_kinds(path, kinds)
+        self._tokenizer: Tokenizer | None = None
         self._stored_names = _stored_names(self._file, self._architecture)
 
-    @functools.cached_property
+    @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the file's metadata describes."""
-        return tokenizer_from_gguf(self._metadata)
+        if self._tokenizer is None:
+            self._tokenizer = tokenizer_from_gguf(self._metadata)
+        return self._tokenizer
 
     def names(self) -> frozenset[str]:
         """The name of every tensor."""

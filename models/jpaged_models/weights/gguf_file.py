@@ -38,7 +38,7 @@ class GGUFFile:
             raise ValueError(f"{path} is empty; download it again")
         self._data = np.memmap(path, dtype=np.uint8, mode="r")
         try:
-            self.metadata, self.tensors = _read_header(memoryview(self._data))
+            self.metadata, self.tensors = _read_header(self._data.data)
         except (ValueError, struct.error) as error:
             raise ValueError(
                 f"{path} is not a whole GGUF file ({error}); download it again"

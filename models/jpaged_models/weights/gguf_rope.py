@@ -17,6 +17,9 @@ def llama3_from_factors(
     solved for.
 
     Args:
+        factors: what the file holds, one for each pair of a head's dimensions.
+        theta: RoPE's base.
+        head_size: dimensions of a head.
         original: the context length before scaling, as far as it is known.
     """
     if np.allclose(factors, 1.0):

@@ -15,7 +15,7 @@ FILES = ["*.safetensors", "*.json", "*.jinja"]
 OTHER_FILES = ["*/*", "consolidated*"]
 # A proxy's refusal reaches us as the HTTP client's own error, and which client that is depends on
 # huggingface_hub's version; its error class names the base of both.
-_UNREACHABLE = (OSError, errors.HfHubHTTPError.__bases__[0])
+_UNREACHABLE: tuple[type[Exception], ...] = (OSError, errors.HfHubHTTPError.__bases__[0])
 
 
 class Found(NamedTuple):

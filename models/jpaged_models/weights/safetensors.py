@@ -1,6 +1,5 @@
 """Checkpoints in Hugging Face's layout: config.json beside one or many safetensors files."""
 
-import functools
 import pathlib
 import re
 from collections.abc import Mapping
@@ -30,15 +29,18 @@ class SafetensorsCheckpoint:
         places = {name: path for path, file in self._files.items() for name in file.keys()}  # noqa: SIM118
         _check_index(directory, places)
         self._places = _full_names(places, self.config)
+        self._tokenizer: Tokenizer | None = None
 
-    @functools.cached_property
+    @property
     def tokenizer(self) -> Tokenizer:
         """The directory's tokenizer; `ValueError` where it has no tokenizer.json."""
-        return load_tokenizer(
-            self.directory,
-            bos_token_id=self.config.bos_token_id,
-            eos_token_ids=self.config.eos_token_ids,
-        )
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(
+                self.directory,
+                bos_token_id=self.config.bos_token_id,
+                eos_token_ids=self.config.eos_token_ids,
+            )
+        return self._tokenizer
 
     def names(self) -> frozenset[str]:
         """The name of every tensor."""
