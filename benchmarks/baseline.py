@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Float, Int32
 
 from benchmarks import baseline_model
 from benchmarks.baseline_model import Caches, Params
@@ -35,8 +35,8 @@ class Rows:
 class Baseline:
     """Generates greedily in batches of `num_rows`, each row with `reserved` tokens of cache.
 
-    The caches and the rows are donated to every program and rebound from it. A program is
-    compiled per padded prompt length, and one for decoding; `warm_up` compiles them all.
+    The caches and the rows are donated to every program and rebound from it. Programs are compiled
+    per padded prompt length, and one for decoding; `warm_up` compiles them all.
     """
 
     def __init__(
@@ -53,11 +53,6 @@ class Baseline:
         self._caches = baseline_model.empty_caches(
             config, num_rows=num_rows, reserved=reserved, dtype=params.embedding.dtype
         )
-        self._no_rows = Rows(*(jnp.zeros(num_rows, jnp.int32) for _ in range(3)))
-        donated = ("caches", "rows")
-        self._prefill = jax.jit(functools.partial(_prefill, config=config), donate_argnames=donated)
-        self._decode = jax.jit(functools.partial(_decode, config=config), donate_argnames=donated)
-        self._forward = jax.jit(functools.partial(baseline_model.forward, config=config))
 
     @property
     def cache_bytes(self) -> int:
@@ -74,52 +69,65 @@ class Baseline:
                     f"a row holds 1 to {self.reserved} tokens, got a prompt of {len(prompt)} and "
                     f"max_tokens {limit}; raise reserved"
                 )
+        ids = np.array([*self.config.eos_token_ids, -1], np.int32)
+        stop_ids = np.full_like(ids, -1) if ignore_eos else ids  # of one shape: one program
         outputs = []
         for first in range(0, len(prompts), self.num_rows):
             batch = slice(first, first + self.num_rows)
-            outputs += self._run_batch(prompts[batch], max_tokens[batch], self._stop_ids(ignore_eos))
+            outputs += self._run_batch(prompts[batch], max_tokens[batch], stop_ids)
         return outputs
 
     def logits(self, token_ids: list[int]) -> Float[np.ndarray, "C V"]:
         """The logits after every token, without a cache: for teacher forcing."""
-        padded = self._pad(token_ids)
-        return np.asarray(self._forward(self.params, padded))[: len(token_ids)]
+        logits = _forward(self.params, self._pad(token_ids), config=self.config)
+        return np.asarray(logits)[: len(token_ids)]
 
     def warm_up(self, max_prompt_len: int) -> None:
         """Compiles, and runs once, what prompts of up to `max_prompt_len` tokens will need."""
         longest = self._padded_len(max_prompt_len)
         for length in self.ladder:
             if length <= longest:
-                num_tokens = min(length, self.reserved - 2)
-                self.generate([[0] * num_tokens], [2], ignore_eos=True)
+                self.generate([[0] * min(length, self.reserved - 2)], [2], ignore_eos=True)
+
+    def rows_at(self, context: int) -> Rows:
+        """All rows with `context` tokens in the cache and no limit: for timing `step` alone."""
+        if context >= self.reserved:
+            raise ValueError(f"context must be below the {self.reserved} reserved, got {context}")
+        lens = np.full(self.num_rows, context, np.int32)
+        rows = Rows(np.zeros_like(lens), lens, np.full_like(lens, self.reserved))
+        return jax.tree.map(jnp.array, rows)
+
+    def step(self, rows: Rows, stop_ids: Int32[np.ndarray, " E"]) -> Rows:
+        """One token more for every row that has not ended; `rows` is donated."""
+        self._caches, rows = _decode(self.params, self._caches, rows, stop_ids, config=self.config)
+        return rows
 
     def _run_batch(
-        self, prompts: Sequence[list[int]], max_tokens: Sequence[int], stop_ids: Int32[np.ndarray, " E"]
+        self,
+        prompts: Sequence[list[int]],
+        max_tokens: Sequence[int],
+        stop_ids: Int32[np.ndarray, " E"],
     ) -> list[list[int]]:
         """One static batch, from its prompts to the end of its last row."""
-        rows = jax.tree.map(jnp.copy, self._no_rows)
+        rows = Rows(*(jnp.zeros(self.num_rows, jnp.int32) for _ in range(3)))
         for row, (prompt, limit) in enumerate(zip(prompts, max_tokens, strict=True)):
-            self._caches, rows = self._prefill(
-                self.params,
-                self._caches,
-                rows,
-                self._pad(prompt),
-                np.int32(len(prompt)),
-                np.int32(row),
-                np.int32(limit),
-                stop_ids,
+            # Row by row: padding a batch to its longest prompt would double the work.
+            length = np.int32(len(prompt))
+            all_kv, logits = _prefill(self.params, self._pad(prompt), length, config=self.config)
+            self._caches, rows = _start_row(
+                self._caches, rows, all_kv, logits, length, np.int32(row), np.int32(limit), stop_ids
             )
         outputs = [[] for _ in prompts]
         live = np.arange(self.num_rows) < len(prompts)
-        while live.any():
+        while True:
             # The one place that waits for the device.
             tokens, lens = np.array(rows.tokens), np.array(rows.lens)
             for row in np.flatnonzero(live):
                 outputs[row].append(int(tokens[row]))
             live &= lens > 0
-            if live.any():
-                self._caches, rows = self._decode(self.params, self._caches, rows, stop_ids)
-        return outputs
+            if not live.any():
+                return outputs
+            rows = self.step(rows, stop_ids)
 
     def _pad(self, token_ids: list[int]) -> Int32[np.ndarray, " C"]:
         padded = np.zeros(self._padded_len(len(token_ids)), np.int32)
@@ -129,39 +137,30 @@ class Baseline:
     def _padded_len(self, num_tokens: int) -> int:
         return next(length for length in self.ladder if length >= num_tokens)
 
-    def _stop_ids(self, ignore_eos: bool) -> Int32[np.ndarray, " E"]:
-        """The ids that end a row, in a shape that does not depend on `ignore_eos`."""
-        ids = np.array([*self.config.eos_token_ids, -1], np.int32)
-        return np.full_like(ids, -1) if ignore_eos else ids
 
-
-def _prefill(
-    params: Params,
+@functools.partial(jax.jit, donate_argnames=("caches", "rows"))
+def _start_row(
     caches: Caches,
     rows: Rows,
-    tokens: Int32[Array, " C"],
+    all_kv: list[Float[Array, "C K W"]],
+    logits: Float[Array, " V"],
     length: Int32[Array, ""],
     row: Int32[Array, ""],
     limit: Int32[Array, ""],
     stop_ids: Int32[Array, " E"],
-    *,
-    config: ModelConfig,
 ) -> tuple[Caches, Rows]:
-    """Fills one row's cache and picks its first token. Compiles once per padded length.
-
-    Row by row: padding a batch to its longest prompt more than doubles the tokens to compute.
-    """
-    caches, logits_V = baseline_model.prefill(params, caches, tokens, length, row, config=config)
-    token = jnp.argmax(logits_V).astype(jnp.int32)
+    """Enters a prefilled prompt and its first token. Compiles once per padded length."""
+    token = jnp.argmax(logits).astype(jnp.int32)
     ended = (limit <= 1) | jnp.any(token == stop_ids)
     rows = Rows(
         tokens=rows.tokens.at[row].set(token),
         lens=rows.lens.at[row].set(jnp.where(ended, 0, length)),
         remaining=rows.remaining.at[row].set(limit - 1),
     )
-    return caches, rows
+    return baseline_model.store_prompt(caches, all_kv, row), rows
 
 
+@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("caches", "rows"))
 def _decode(
     params: Params,
     caches: Caches,
@@ -170,12 +169,10 @@ def _decode(
     *,
     config: ModelConfig,
 ) -> tuple[Caches, Rows]:
-    """One token more for every row that has not ended. Compiles once."""
-    caches, logits_BV = baseline_model.decode(
-        params, caches, rows.tokens, rows.lens, config=config
-    )
+    """One token more for every row that has not ended. Compiles once per shape of the caches."""
+    caches, logits_BV = baseline_model.decode(params, caches, rows.tokens, rows.lens, config=config)
     tokens_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    stopped_B: Bool[Array, " B"] = jnp.any(tokens_B[:, None] == stop_ids[None, :], axis=1)
+    stopped_B = jnp.any(tokens_B[:, None] == stop_ids[None, :], axis=1)
     ended_B = (rows.lens == 0) | (rows.remaining <= 1) | stopped_B
     rows = Rows(
         tokens=tokens_B,
@@ -183,3 +180,8 @@ def _decode(
         remaining=rows.remaining - 1,
     )
     return caches, rows
+
+
+# Both compile once per padded prompt length, whatever the shape of the caches.
+_prefill = jax.jit(baseline_model.prefill, static_argnames=("config",))
+_forward = jax.jit(baseline_model.forward, static_argnames=("config",))

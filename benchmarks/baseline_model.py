@@ -140,26 +140,26 @@ def forward(
 
 
 def prefill(
-    params: Params,
-    caches: Caches,
-    tokens: Int32[Array, " C"],
-    length: Int32[Array, ""],
-    row: Int32[Array, ""],
-    *,
-    config: ModelConfig,
-) -> tuple[Caches, Float[Array, " V"]]:
-    """The caches with one prompt in `row`, and the logits after its last token.
+    params: Params, tokens: Int32[Array, " C"], length: Int32[Array, ""], *, config: ModelConfig
+) -> tuple[list[Float[Array, "C K W"]], Float[Array, " V"]]:
+    """Each layer's keys and values of one prompt, and the logits after its last token.
 
-    The prompt is padded on the right; what the padding leaves in the cache lies beyond the row's
-    length, where decoding overwrites it before it is seen.
+    The prompt is padded on the right to `C`; what the padding leaves in a cache lies beyond the
+    row's length, where decoding overwrites it before it is seen.
     """
-    x_CD, kv_CKW = _prompt_states(params, tokens, config)
-    caches = tuple(
-        jax.lax.dynamic_update_slice(cache, jnp.moveaxis(kv, 0, 1)[None], (row, 0, 0, 0))
-        for cache, kv in zip(caches, kv_CKW, strict=True)
-    )
+    x_CD, all_kv = _prompt_states(params, tokens, config)
     last_D = jax.lax.dynamic_index_in_dim(x_CD, length - 1, keepdims=True)
-    return caches, _logits(params, last_D)[0]
+    return all_kv, _logits(params, last_D)[0]
+
+
+def store_prompt(
+    caches: Caches, all_kv: list[Float[Array, "C K W"]], row: Int32[Array, ""]
+) -> Caches:
+    """The caches with a prefilled prompt at the start of `row`."""
+    return tuple(
+        jax.lax.dynamic_update_slice(cache, jnp.moveaxis(kv, 0, 1)[None], (row, 0, 0, 0))
+        for cache, kv in zip(caches, all_kv, strict=True)
+    )
 
 
 def decode(

@@ -1,50 +1,19 @@
 """A step plan as arrays: packed by the host into one vector, unpacked inside the jitted step."""
 
-import dataclasses
 import math
+from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Int32
 
 from jpaged.buckets import Bucket
 from jpaged.params import SamplingParams
 from jpaged.plan import ScheduledRow, StepPlan
+from jpaged.state import SamplingRows, StepBatch
 
 FROM_DEVICE = -1  # in place of a token that the device sampled itself and still holds
 MAX_STOP_IDS = 16  # stop ids that min_tokens can hold back, a row
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class SamplingRows:
-    """What sampling needs to know about each row. Field order is the packing order."""
-
-    seed_low: Int32[Array, " R"]
-    seed_high: Int32[Array, " R"]
-    index: Int32[Array, " R"]  # of the sequence in its request
-    top_k: Int32[Array, " R"]  # 0: all
-    first_stop: Int32[Array, " R"]  # the position from which stop ids are allowed (min_tokens)
-    stop_ids: Int32[Array, "R E"]  # padded with -1
-    temperature: Float[Array, " R"]  # 0: greedy
-    top_p: Float[Array, " R"]
-    min_p: Float[Array, " R"]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class StepBatch:
-    """One step's ragged batch. Row ids of padding are R, so that their updates are dropped."""
-
-    tokens: Int32[Array, " T"]
-    query_starts: Int32[Array, "B+1"]
-    seq_lens: Int32[Array, " B"]
-    num_decodes: Int32[Array, " 1"]
-    row_ids: Int32[Array, " B"]
-    sampled_row_ids: Int32[Array, " B"]  # the row where it samples, else R
-    new_row_ids: Int32[Array, " B"]  # the row where it starts in this step, else R
-    table_updates: Int32[Array, "U 3"]  # row, column, block id
-    new_rows: SamplingRows  # of length B, read where new_row_ids names a row
 
 
 def batch_spec(bucket: Bucket, block_size: int) -> StepBatch:
@@ -54,13 +23,28 @@ def batch_spec(bucket: Bucket, block_size: int) -> StepBatch:
     def i32(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, np.int32)
 
-    def f32(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, np.float32)
+    rows = sampling_spec(B)
+    make: Any = StepBatch  # of specs here, of arrays elsewhere
+    return make(i32(T), i32(B + 1), i32(B), i32(1), i32(B), i32(B), i32(B), i32(U, 3), rows)
 
-    rows = SamplingRows(
-        *(i32(B) for _ in range(5)), i32(B, MAX_STOP_IDS), *(f32(B) for _ in range(3))
+
+def sampling_spec(num_rows: int) -> SamplingRows:
+    """The shapes and dtypes of so many rows' sampling parameters."""
+    make: Any = SamplingRows
+    i32 = jax.ShapeDtypeStruct((num_rows,), np.int32)
+    f32 = jax.ShapeDtypeStruct((num_rows,), np.float32)
+    stop_ids = jax.ShapeDtypeStruct((num_rows, MAX_STOP_IDS), np.int32)
+    return make(
+        seed_low=i32,
+        seed_high=i32,
+        index=i32,
+        top_k=i32,
+        first_stop=i32,
+        stop_ids=stop_ids,
+        temperature=f32,
+        top_p=f32,
+        min_p=f32,
     )
-    return StepBatch(i32(T), i32(B + 1), i32(B), i32(1), i32(B), i32(B), i32(B), i32(U, 3), rows)
 
 
 def packed_size(bucket: Bucket, block_size: int) -> int:

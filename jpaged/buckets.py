@@ -20,7 +20,7 @@ class Bucket:
     num_rows: int
 
     def num_table_updates(self, block_size: int) -> int:
-        """New blocks that a step of this shape can need: each row may open one more than it fills."""
+        """New blocks a step of this shape may need: each row can open one more than it fills."""
         filled = 0 if self.phase is Phase.DECODE else self.num_tokens // block_size
         return filled + self.num_rows
 

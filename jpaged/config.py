@@ -44,11 +44,6 @@ class EngineConfig:
         """Blocks of a sequence that has reached `max_model_len`."""
         return self.blocks_for(self.max_model_len)
 
-    @property
-    def max_num_running(self) -> int:
-        """Sequences that may run at once: each must get at least one token of every step."""
-        return min(self.max_num_seqs, self.max_num_batched_tokens)
-
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` tokens of one sequence."""
         return -(-num_tokens // self.block_size)

@@ -48,19 +48,12 @@ class Detokenizer:
         self._include_stop = include_stop_str_in_output
         self._min_tokens = min_tokens
         self._num_prompt_tokens = len(prompt_token_ids)
-        self._prompt_tail = list(prompt_token_ids[-PROMPT_TAIL:])
         self._special_ids = _special_ids(self._backend) if skip_special_tokens else frozenset()
-        self.reset()
+        self._start(self._prompt_tail(prompt_token_ids))
 
     def reset(self) -> None:
         """Forgets everything but the prompt: the way back when a call was interrupted."""
-        self._position = self._num_prompt_tokens
-        self._text = ""
-        self._num_held = 0
-        self._matched: str | None = None
-        self._window = [token for token in self._prompt_tail if self._is_text(token)]
-        self._num_old = len(self._window)  # of the window's tokens, those before the newest text
-        self._shown = self._decode(self._window).rstrip(BROKEN)
+        self._start(self._tail)
 
     @property
     def text(self) -> str:
@@ -82,6 +75,28 @@ class Detokenizer:
     def finish(self) -> None:
         """Settles the text: what was held back as a possible stop string is text after all."""
         self._num_held = 0
+
+    def _start(self, tail: list[int]) -> None:
+        self._tail = tail
+        self._position = self._num_prompt_tokens
+        self._text = ""
+        self._num_held = 0
+        self._matched: str | None = None
+        self._window: list[int] = []
+        self._num_old = 0  # of the window's tokens, those before the newest text
+        self._shown = ""  # of the window's text, what is settled
+        for token in tail:
+            self._push(token)
+
+    def _prompt_tail(self, token_ids: Sequence[int]) -> list[int]:
+        """The prompt's last tokens, from one that does not start within a character."""
+        tail = token_ids[-(PROMPT_TAIL + MAX_CHARACTER_TOKENS) :]
+        tail = [token for token in tail if self._is_text(token)]
+        for start in range(max(0, len(tail) - PROMPT_TAIL), 0, -1):
+            for end in range(start + 1, start + MAX_CHARACTER_TOKENS + 1):
+                if not self._decode(tail[start:end]).startswith(BROKEN):
+                    return tail[start:]
+        return tail
 
     def _push(self, token: int) -> str:
         """The text that `token` settles."""

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import pathlib
+from typing import Protocol
 
 import jax
 
@@ -15,7 +16,17 @@ _PLUGINS = (
 )
 
 
-def first_device() -> jax.Device:
+class Device(Protocol):
+    """What is asked of a JAX device (`jax.Device` itself is no type to a type checker)."""
+
+    platform: str
+
+    def memory_stats(self) -> dict[str, int] | None:
+        """Bytes in use and the limit, where the platform knows them."""
+        ...
+
+
+def first_device() -> Device:
     """The first device, after making sure that a plugin that does not fit was not passed over."""
     device = jax.devices()[0]
     if device.platform == "cpu" and not os.environ.get("JAX_PLATFORMS"):
@@ -24,7 +35,7 @@ def first_device() -> jax.Device:
 
 
 def _refuse_silent_fallback() -> None:
-    """Raises where a GPU or TPU is present and its plugin installed, and JAX still chose the CPU."""
+    """Raises where a GPU or TPU and its plugin are there, and JAX still chose the CPU."""
     jaxlib = importlib.metadata.version("jaxlib")
     for distribution, extra, device_file in _PLUGINS:
         try:

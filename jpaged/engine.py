@@ -1,5 +1,6 @@
 """The loop: schedule, run, commit; and the way back when a step fails."""
 
+import jax
 import numpy as np
 
 from jpaged.errors import EngineFailedError
@@ -76,7 +77,7 @@ def fetch(
     tokens = np.asarray(out.tokens)[:num_rows].tolist()
     if out.logprobs is None:
         return tokens, None
-    logprobs = TopLogprobs(*(np.asarray(leaf) for leaf in out.logprobs))
+    logprobs = TopLogprobs(*jax.device_get(out.logprobs))
     return tokens, [_row_logprobs(plan, i, tokens[i], logprobs, tokenizer) for i in range(num_rows)]
 
 

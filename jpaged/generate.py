@@ -3,32 +3,22 @@
 import dataclasses
 import inspect
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jpaged.llm import LLM
-    from jpaged.outputs import RequestOutput
 
 _kept: "tuple[Any, LLM] | None" = None  # the one LLM, and the (model, options) it was made for
 
 
-@overload
-def generate(
-    prompts: str, *, model: str | os.PathLike | None = ..., **options: Any
-) -> "RequestOutput": ...
-@overload
-def generate(
-    prompts: Sequence, *, model: str | os.PathLike | None = ..., **options: Any
-) -> "list[RequestOutput]": ...
 def generate(
     prompts: Any,
     *,
     model: str | os.PathLike | None = None,
     use_tqdm: bool = False,
     **options: Any,
-) -> "RequestOutput | list[RequestOutput]":
-    """The answer to one prompt, or a list of answers to several.
+) -> Any:
+    """A `RequestOutput` for one prompt, a list of them for a list of prompts.
 
     Args:
         prompts: text, a list of token ids, or a list of either.
@@ -66,7 +56,7 @@ def generate(
 
 def shutdown() -> None:
     """Frees the LLM that `generate` keeps; the next call loads it again."""
-    global _kept  # noqa: PLW0603  (the documented exception to "nothing global")
+    global _kept  # the documented exception to "nothing global"
     if _kept is not None:
         _, llm = _kept
         _kept = None
@@ -74,7 +64,7 @@ def shutdown() -> None:
 
 
 def _kept_llm(model: Any, options: dict[str, Any], *, use_tqdm: bool) -> "LLM":
-    global _kept  # noqa: PLW0603
+    global _kept
     from jpaged.llm import LLM
 
     key = (None if model is None else str(model), tuple(sorted(options.items())))

@@ -4,13 +4,12 @@ import dataclasses
 import os
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import DTypeLike
 
 from jpaged.buckets import Buckets
 from jpaged.config import EngineConfig
-from jpaged.devices import first_device
+from jpaged.devices import Device, first_device
 from jpaged.engine import Engine
 from jpaged.memory import block_bytes, pool_bytes
 from jpaged.runner import Runner
@@ -89,7 +88,7 @@ def engine_for(
     *,
     pool_dtype: DTypeLike,
     backend: Backend,
-    device: jax.Device,
+    device: Device,
     memory_fraction: float | None,
 ) -> Engine:
     """An engine over a decoder on `device`; sizes the pool where `memory_fraction` is given."""
@@ -107,7 +106,7 @@ def engine_for(
 
 
 def _with_pool(
-    limits: EngineConfig, runner: Any, device: jax.Device, memory_fraction: float
+    limits: EngineConfig, runner: Any, device: Device, memory_fraction: float
 ) -> EngineConfig:
     """The limits with as many blocks as memory allows, and no more than could be used."""
     temporaries = 0
@@ -140,7 +139,7 @@ def _with_pool(
     return dataclasses.replace(limits, num_blocks=num_blocks)
 
 
-def _backend(name: str, device: jax.Device) -> Backend:
+def _backend(name: str, device: Device) -> Backend:
     if name == "auto":
         return default_backend(device.platform)
     try:
@@ -150,7 +149,7 @@ def _backend(name: str, device: jax.Device) -> Backend:
         raise ValueError(f"attention_backend must be one of {names}, got {name!r}") from None
 
 
-def _dtype(name: str, checkpoint: Checkpoint, device: jax.Device) -> DTypeLike:
+def _dtype(name: str, checkpoint: Checkpoint, device: Device) -> DTypeLike:
     """The dtype of the weights; "auto" depends on the device and the checkpoint."""
     if name != "auto":
         return jnp.dtype(name)

@@ -2,10 +2,10 @@
 
 import pathlib
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import DTypeLike
 
+from jpaged.devices import Device
 from jpaged_models import ModelConfig
 
 MAX_CPU_POOL_BYTES = 2 * 2**30
@@ -20,7 +20,7 @@ def block_bytes(model: ModelConfig, *, block_size: int, dtype: DTypeLike) -> int
     return model.num_layers * model.num_kv_heads * block_size * lanes
 
 
-def pool_bytes(device: jax.Device, *, memory_fraction: float, temporaries: int, wanted: int) -> int:
+def pool_bytes(device: Device, *, memory_fraction: float, temporaries: int, wanted: int) -> int:
     """Bytes for the pool on `device`, at most the `wanted` ones that could ever be used.
 
     Args:

@@ -1,4 +1,4 @@
-"""The device's side of a step: parameters, pool and state, and the one jitted function over them."""
+"""The device's side of a step: parameters, pool, state, and the one jitted function over them."""
 
 import dataclasses
 import enum
@@ -12,18 +12,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int32
 
-from jpaged.batch import (
-    MAX_STOP_IDS,
-    SamplingRows,
-    StepBatch,
-    pack_batch,
-    packed_size,
-    unpack_batch,
-)
+from jpaged.batch import pack_batch, packed_size, sampling_spec, unpack_batch
 from jpaged.buckets import Bucket, Buckets
 from jpaged.config import EngineConfig
 from jpaged.plan import StepPlan
 from jpaged.sampling import TopLogprobs, sample, top_logprobs
+from jpaged.state import DeviceState, StepBatch
 from jpaged_models import Decoder, Phase, Pools, StepContext
 from pallas_kernels import (
     Backend,
@@ -36,21 +30,11 @@ from pallas_kernels import (
 
 
 class Outputs(enum.Enum):
-    """What a step returns beside the tokens. All but TOKENS are rare and compiled when asked for."""
+    """What a step returns beside the tokens; all but TOKENS are compiled when asked for."""
 
     TOKENS = "tokens"
     LOGPROBS = "logprobs"
     LOGITS = "logits"  # of every token, for tests: [T, V]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DeviceState:
-    """A row per running sequence; block tables change only by what a step's batch says."""
-
-    block_tables: Int32[Array, "R M"]
-    last_tokens: Int32[Array, " R"]
-    sampling: SamplingRows
 
 
 class StepOutput(NamedTuple):
@@ -157,11 +141,9 @@ class Runner:
             head_size=model.head_size,
         )
         pools = tuple(jnp.zeros(shape, self.pool_dtype) for _ in range(model.num_layers))
-        i32 = [jnp.zeros(R, jnp.int32) for _ in range(6)]
-        stop_ids = jnp.full((R, MAX_STOP_IDS), -1, jnp.int32)
-        sampling = SamplingRows(*i32[:5], stop_ids, *(jnp.zeros(R, jnp.float32) for _ in range(3)))
+        sampling = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), sampling_spec(R))
         tables = jnp.zeros((R, config.max_blocks_per_seq), jnp.int32)
-        return pools, DeviceState(tables, i32[5], sampling)
+        return pools, DeviceState(tables, jnp.zeros(R, jnp.int32), sampling)
 
     def _step(
         self,
@@ -185,23 +167,20 @@ class Runner:
             backend=self.backend,
         )
         hidden, pools = decoder(tokens, pools, context)
-        if outputs is Outputs.LOGITS:
-            all_logits = decoder.logits(hidden)
         last_B = jnp.maximum(batch.query_starts[1:] - 1, 0)
         logits = decoder.logits(hidden if bucket.phase is Phase.DECODE else hidden[last_B])
-        rows = jax.tree.map(lambda x: jnp.take(x, batch.row_ids, 0, mode="clip"), state.sampling)
+        rows = jax.tree.map(
+            lambda x: jnp.take(x, batch.row_ids, axis=0, mode="clip"), state.sampling
+        )
         sampled = sample(logits, rows, batch.seq_lens)
         last_tokens = state.last_tokens.at[batch.sampled_row_ids].set(sampled, mode="drop")
         state = dataclasses.replace(state, last_tokens=last_tokens)
-        return (
-            pools,
-            state,
-            StepOutput(
-                sampled,
-                top_logprobs(logits, sampled) if outputs is Outputs.LOGPROBS else None,
-                all_logits if outputs is Outputs.LOGITS else None,
-            ),
+        out = StepOutput(
+            sampled,
+            top_logprobs(logits, sampled) if outputs is Outputs.LOGPROBS else None,
+            decoder.logits(hidden) if outputs is Outputs.LOGITS else None,
         )
+        return pools, state, out
 
 
 def _update_rows(state: DeviceState, batch: StepBatch) -> DeviceState:

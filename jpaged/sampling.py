@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from jpaged.batch import SamplingRows
+from jpaged.state import SamplingRows
 
 MAX_LOGPROBS = 20
 _FORBIDDEN = -1e30
@@ -69,7 +69,7 @@ def noise(
 
 
 def filter_logits(logits: Float[Array, "B V"], rows: SamplingRows) -> Float[Array, "B V"]:
-    """Logits, already divided by temperature, with all that min_p, top_k and top_p drop forbidden."""
+    """Logits over temperature, with all that min_p, top_k and top_p drop forbidden."""
     V = logits.shape[-1]
     high = jnp.max(logits, axis=-1, keepdims=True)
     # log(0) = -inf keeps everything; the likeliest token always stays.

@@ -62,7 +62,7 @@ def slots_of_tokens(
     *,
     block_size: int,
 ) -> Int32[Array, " T"]:
-    """Where each token's K and V go, `block * S + offset`; padding tokens get the null block's 0."""
+    """Each token's slot, `block * S + offset`; padding tokens get the null block's first."""
     columns_T = jnp.maximum(positions, 0) // block_size
     blocks_T = batch.block_tables.at[rows, columns_T].get(mode="fill", fill_value=NULL_BLOCK)
     slots_T = blocks_T * block_size + positions % block_size

@@ -2,7 +2,7 @@
 
 from jpaged_models.chat_template import ChatTemplate
 from jpaged_models.config import ModelConfig, RopeScaling, config_from_hf
-from jpaged_models.layers import Phase, Pools, StepContext
+from jpaged_models.context import Phase, Pools, StepContext
 from jpaged_models.registry import (
     FAMILIES,
     Decoder,

@@ -9,12 +9,11 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int32
 
 from jpaged_models.config import ModelConfig
+from jpaged_models.context import Pools, StepContext
 from jpaged_models.layers import (
     MLP,
     Attention,
     LayerNorm,
-    Pools,
-    StepContext,
     head_logits,
     parameter,
 )

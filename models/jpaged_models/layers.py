@@ -4,8 +4,6 @@ Products accumulate in float32 and are cast where they are stored: a bfloat16 pr
 `preferred_element_type` is ten times slower on a CPU under JAX 0.10.
 """
 
-import dataclasses
-import enum
 import math
 from collections.abc import Callable
 
@@ -16,37 +14,8 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int32
 
 from jpaged_models.config import ModelConfig, RopeScaling
-from pallas_kernels import Backend, PagedBatch, paged_attention, paged_decode, write_kv
-
-Pools = tuple[Float[Array, "P K S W"], ...]
-
-
-class Phase(enum.Enum):
-    """What a step's rows may hold: one token each, or chunks of any length."""
-
-    DECODE = "decode"
-    MIXED = "mixed"
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class StepContext:
-    """What every layer of one step shares. In phase DECODE, T == B and token r is row r's."""
-
-    batch: PagedBatch
-    positions: Int32[Array, " T"]
-    slots: Int32[Array, " T"]
-    phase: Phase = dataclasses.field(metadata={"static": True})
-    backend: Backend = dataclasses.field(metadata={"static": True})
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Rotary:
-    """Cosines and sines of each token's rotation."""
-
-    cos: Float[Array, "T A"]
-    sin: Float[Array, "T A"]
+from jpaged_models.context import Phase, Rotary, StepContext
+from pallas_kernels import paged_attention, paged_decode, write_kv
 
 
 def product(equation: str, x: Float[Array, "..."], kernel: Float[Array, "..."]) -> Array:
@@ -67,6 +36,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*dims D"]) -> Float[Array, "*dims D"]:
+        """The vectors of the last axis, normalised."""
         wide = x.astype(jnp.float32)
         mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
         scaled = (wide * jax.lax.rsqrt(mean_square + self.eps)).astype(x.dtype)
@@ -82,6 +52,7 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*dims D"]) -> Float[Array, "*dims D"]:
+        """The vectors of the last axis, normalised."""
         wide = x.astype(jnp.float32)
         centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
         variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
@@ -168,7 +139,7 @@ def _attend(
 
 
 class GatedMLP(nnx.Module):
-    """down(activation(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202); gate and up are one product."""
+    """down(activation(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202); gate and up in one product."""
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         D, F = config.hidden_size, config.intermediate_size
@@ -180,6 +151,7 @@ class GatedMLP(nnx.Module):
         self.config = config
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        """What the MLP adds to the residual."""
         gate_up = product("TD,DEF->TEF", x, self.gate_up[...])
         if self.config.mlp_bias:
             gate_up += self.gate_up_bias[...][None]
@@ -200,6 +172,7 @@ class MLP(nnx.Module):
         self.config = config
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        """What the MLP adds to the residual."""
         hidden = product("TD,DF->TF", x, self.up[...]) + self.up_bias[...][None]
         hidden = activation(self.config.activation)(hidden)
         return product("TF,FD->TD", hidden, self.down[...]) + self.down_bias[...][None]

@@ -9,13 +9,11 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int32
 
 from jpaged_models.config import ModelConfig
+from jpaged_models.context import Pools, Rotary, StepContext
 from jpaged_models.layers import (
     Attention,
     GatedMLP,
-    Pools,
     RMSNorm,
-    Rotary,
-    StepContext,
     head_logits,
     parameter,
     rotary_for,
@@ -91,8 +89,8 @@ class Llama(nnx.Module):
 def llama_weights(config: ModelConfig, read: Callable[[str], np.ndarray]) -> dict:
     """The parameters as nested dicts of host arrays, from tensors under Hugging Face's names.
 
-    A layer is a function that reads it. Hugging Face stores products [out, in]; ours are [in, out], so that a row of activations
-    meets contiguous columns.
+    A layer is a function that reads it. Hugging Face stores products [out, in]; ours are
+    [in, out], so that a row of activations meets contiguous columns.
     """
     weights = {
         "embedding": read("model.embed_tokens.weight"),
@@ -117,7 +115,7 @@ def _layer_weights(config: ModelConfig, read: Callable[[str], np.ndarray], layer
         groups = [p.reshape(K, n, H, *p.shape[1:]) for p, n in zip(parts, (G, 1, 1), strict=True)]
         return np.concatenate(groups, axis=1)
 
-    attention = {
+    attention: dict = {
         "qkv": np.moveaxis(by_kv_head("weight"), -1, 0),
         "out": read(prefix + "self_attn.o_proj.weight").T,
     }

@@ -10,8 +10,8 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int32
 
 from jpaged_models.config import ModelConfig
+from jpaged_models.context import Pools, StepContext
 from jpaged_models.gpt2 import GPT2, gpt2_weights
-from jpaged_models.layers import Pools, StepContext
 from jpaged_models.llama import Llama, llama_weights
 from jpaged_models.weights import Checkpoint
 
@@ -23,9 +23,13 @@ class Decoder(Protocol):
 
     def __call__(
         self, tokens: Int32[Array, " T"], pools: Pools, context: StepContext
-    ) -> tuple[Float[Array, "T D"], Pools]: ...
+    ) -> tuple[Float[Array, "T D"], Pools]:
+        """Hidden states before the head, and the pools with the step's keys and values."""
+        ...
 
-    def logits(self, hidden: Float[Array, "T D"]) -> Float[Array, "T V"]: ...
+    def logits(self, hidden: Float[Array, "T D"]) -> Float[Array, "T V"]:
+        """Logits in float32 of hidden states."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +51,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def abstract_decoder(config: ModelConfig, *, dtype: DTypeLike) -> Decoder:
-    """A decoder whose parameters are shapes: for loading into, and for compiling without weights."""
+    """A decoder whose parameters are shapes: to load into, or to compile without weights."""
     module = FAMILIES[config.architecture].module
     return cast(Decoder, nnx.eval_shape(lambda: module(config, dtype=dtype, rngs=nnx.Rngs(0))))
 
@@ -92,8 +96,9 @@ def _place(wanted: dict, found: dict, dtype: DTypeLike, path: tuple) -> dict:
     placed = {}
     for key, leaf in wanted.items():
         if isinstance(leaf, dict):
-            inner = found[key]
-            placed[key] = _place(leaf, inner() if callable(inner) else inner, dtype, (*path, key))
+            inner: Any = found[key]
+            inner = inner() if callable(inner) else inner
+            placed[key] = _place(leaf, inner, dtype, (*path, key))
             continue
         array = found.pop(key)  # freed on the host as soon as the device has it
         if array.shape != leaf.shape:

