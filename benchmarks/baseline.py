@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, DTypeLike, Float, Int32
 
 from benchmarks import baseline_model
 from benchmarks.baseline_model import Caches, Params
@@ -40,7 +40,13 @@ class Baseline:
     """
 
     def __init__(
-        self, config: ModelConfig, params: Params, *, num_rows: int, reserved: int
+        self,
+        config: ModelConfig,
+        params: Params,
+        *,
+        num_rows: int,
+        reserved: int,
+        cache_dtype: DTypeLike = "float32",
     ) -> None:
         baseline_model.check_family(config)
         if min(num_rows, reserved) < 1:
@@ -51,7 +57,7 @@ class Baseline:
         self.reserved = reserved
         self.ladder = [length for length in PROMPT_LENS if length < reserved] + [reserved]
         self._caches = baseline_model.empty_caches(
-            config, num_rows=num_rows, reserved=reserved, dtype=params.embedding.dtype
+            config, num_rows=num_rows, reserved=reserved, dtype=cache_dtype
         )
 
     @property
@@ -93,9 +99,12 @@ class Baseline:
         """All rows with `context` tokens in the cache and no limit: for timing `step` alone."""
         if context >= self.reserved:
             raise ValueError(f"context must be below the {self.reserved} reserved, got {context}")
-        lens = np.full(self.num_rows, context, np.int32)
-        rows = Rows(np.zeros_like(lens), lens, np.full_like(lens, self.reserved))
-        return jax.tree.map(jnp.array, rows)
+        B = self.num_rows
+        return Rows(
+            tokens=jnp.zeros(B, jnp.int32),
+            lens=jnp.full(B, context, jnp.int32),
+            remaining=jnp.full(B, self.reserved, jnp.int32),
+        )
 
     def step(self, rows: Rows, stop_ids: Int32[np.ndarray, " E"]) -> Rows:
         """One token more for every row that has not ended; `rows` is donated."""

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, DTypeLike, Float, Int32
 
 from jpaged_models import ModelConfig
 
@@ -77,7 +77,7 @@ class Params:
 Caches = tuple[Float[Array, "B K C W"], ...]  # a layer each; keys in lanes 0..H-1, values above
 
 
-def load_params(weights: Weights, dtype: jnp.dtype = jnp.dtype("float32")) -> Params:
+def load_params(weights: Weights, *, dtype: DTypeLike = "float32") -> Params:
     """The parameters on the device, fused for speed."""
     config = weights.config
     check_family(config)
@@ -125,7 +125,7 @@ def check_family(config: ModelConfig) -> None:
         )
 
 
-def empty_caches(config: ModelConfig, *, num_rows: int, reserved: int, dtype: jnp.dtype) -> Caches:
+def empty_caches(config: ModelConfig, *, num_rows: int, reserved: int, dtype: DTypeLike) -> Caches:
     """Zeros for `num_rows` rows of `reserved` tokens each, `[B, K, C, 2H]` a layer."""
     shape = (num_rows, config.num_kv_heads, reserved, 2 * config.head_size)
     return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
@@ -156,10 +156,11 @@ def store_prompt(
     caches: Caches, all_kv: list[Float[Array, "C K W"]], row: Int32[Array, ""]
 ) -> Caches:
     """The caches with a prefilled prompt at the start of `row`."""
-    return tuple(
-        jax.lax.dynamic_update_slice(cache, jnp.moveaxis(kv, 0, 1)[None], (row, 0, 0, 0))
-        for cache, kv in zip(caches, all_kv, strict=True)
-    )
+    stored = []
+    for cache, kv in zip(caches, all_kv, strict=True):
+        kv_1KCW = jnp.moveaxis(kv, 0, 1)[None].astype(cache.dtype)
+        stored.append(jax.lax.dynamic_update_slice(cache, kv_1KCW, (row, 0, 0, 0)))
+    return tuple(stored)
 
 
 def decode(
@@ -188,7 +189,7 @@ def decode(
     written = []
     for layer, cache, window in zip(params.layers, caches, config.layer_windows, strict=True):
         q_BNH, kv_BKW = _project(layer, x_BD, rope, config)
-        cache = cache.at[rows_B, :, slots_B].set(kv_BKW, mode="drop")
+        cache = cache.at[rows_B, :, slots_B].set(kv_BKW.astype(cache.dtype), mode="drop")
         written.append(cache)
         x_BD = _finish_layer(layer, x_BD, _walk_caches(q_BNH, cache, seen_B, window), config)
     return tuple(written), _logits(params, _norm(x_BD, params.norm, config.norm_eps))

@@ -100,10 +100,8 @@ class AsyncLLM:
 
     async def close(self) -> None:
         """Frees the model; streams that still run get EngineFailedError. Safe to repeat."""
-        closed = self._begin_close()
-        if closed is not None:
-            await asyncio.shield(closed)
-        self._thread.shutdown()
+        await asyncio.shield(self._begin_close())
+        self._thread.shutdown()  # its last task is done: this only waits for the thread to end
 
     aclose = close  # the name that contextlib.aclosing calls
 
@@ -113,7 +111,6 @@ class AsyncLLM:
         except BaseException:
             # Without waiting: a cancelled task should end now, not when the model has loaded.
             self._begin_close()
-            self._thread.shutdown(wait=False)
             raise
         return self
 
@@ -131,7 +128,7 @@ class AsyncLLM:
         """The function's result, or its exception, from the engine thread."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
 
-    def _begin_close(self) -> "asyncio.Future[None] | None":
+    def _begin_close(self) -> "asyncio.Future[None]":
         if self._closed is None:
             self._closed = asyncio.get_running_loop().run_in_executor(self._thread, self._unload)
         return self._closed
@@ -152,6 +149,7 @@ class AsyncLLM:
             self._end_all("the engine was closed while the request ran")
             self._llm.close()
             self._llm = None
+        self._thread.shutdown(wait=False)
 
     def _open_llm(self) -> LLM:
         if self._llm is None:

@@ -1,7 +1,6 @@
 """The device to run on, and a clear word where JAX cannot use the one that is there."""
 
 import importlib.metadata
-import os
 import pathlib
 from typing import Protocol
 
@@ -29,7 +28,7 @@ class Device(Protocol):
 def first_device() -> Device:
     """The first device, after making sure that a plugin that does not fit was not passed over."""
     device = jax.devices()[0]
-    if device.platform == "cpu" and not os.environ.get("JAX_PLATFORMS"):
+    if device.platform == "cpu" and not jax.config.values["jax_platforms"]:
         _refuse_silent_fallback()
     return device
 

@@ -7,10 +7,11 @@ from jpaged.errors import EngineFailedError
 from jpaged.outputs import Logprob
 from jpaged.plan import StepPlan
 from jpaged.requests import Request, Sequence
-from jpaged.runner import Outputs, Runner, StepOutput
+from jpaged.runner import Runner
 from jpaged.sampling import TopLogprobs
 from jpaged.scheduler import Scheduler
 from jpaged.stats import Stats, collect_stats
+from jpaged.step import Outputs, StepOutput
 from jpaged_models import Tokenizer
 
 MAX_FAILURES = 2  # a request whose steps fail this often is given up

@@ -2,18 +2,20 @@
 
 import dataclasses
 import os
-from typing import Any
+import sys
 
 import jax.numpy as jnp
 from jaxtyping import DTypeLike
 
 from jpaged.buckets import Buckets
+from jpaged.compilation import enable_cache
 from jpaged.config import EngineConfig
 from jpaged.devices import Device, first_device
 from jpaged.engine import Engine
 from jpaged.memory import block_bytes, pool_bytes
 from jpaged.runner import Runner
 from jpaged.scheduler import Scheduler
+from jpaged.step import Step
 from jpaged_models import Checkpoint, Decoder, Tokenizer, load_decoder, open_checkpoint
 from pallas_kernels import Backend, default_backend
 
@@ -48,6 +50,7 @@ def build_engine(
     if not 0 < memory_fraction <= 1:
         raise ValueError(f"memory_fraction must be above 0 and at most 1, got {memory_fraction}")
     device = first_device()
+    enable_cache()
     backend = _backend(attention_backend, device)
     checkpoint = open_checkpoint(model, revision=revision)
     on_cpu = device.platform == "cpu"
@@ -96,29 +99,28 @@ def engine_for(
         max_num_seqs=limits.max_num_seqs, max_num_batched_tokens=limits.max_num_batched_tokens
     )
 
-    def runner(config: EngineConfig) -> Runner:
-        return Runner(decoder, config, buckets, pool_dtype=pool_dtype, backend=backend)
-
     if memory_fraction is not None:
-        limits = _with_pool(limits, runner, device, memory_fraction)
+        step = Step(decoder, limits, pool_dtype=pool_dtype, backend=backend)
+        limits = _with_pool(step, buckets, device, memory_fraction)
+    runner = Runner(decoder, limits, buckets, pool_dtype=pool_dtype, backend=backend)
     scheduler = Scheduler(limits, eos_token_ids=decoder.config.eos_token_ids)
-    return Engine(scheduler, runner(limits), tokenizer)
+    return Engine(scheduler, runner, tokenizer)
 
 
 def _with_pool(
-    limits: EngineConfig, runner: Any, device: Device, memory_fraction: float
+    step: Step, buckets: Buckets, device: Device, memory_fraction: float
 ) -> EngineConfig:
-    """The limits with as many blocks as memory allows, and no more than could be used."""
+    """The step's limits with as many blocks as memory allows, and no more than could be used."""
+    limits = step.config
     temporaries = 0
     if device.memory_stats():
-        # A pool of one block: what a step needs beside the pool does not depend on its size.
-        probe = runner(limits)
-        analysis = probe.compile(probe.buckets.all[0]).memory_analysis()
+        # What a step needs beside the pool does not depend on the pool's size.
+        bucket = buckets.all[0]
+        analysis = step.jitted(bucket).lower(*step.specs(bucket)).compile().memory_analysis()
+        assert analysis is not None, "every device that knows its memory analyses its programs"
         temporaries = analysis.temp_size_in_bytes + analysis.output_size_in_bytes
         temporaries -= analysis.alias_size_in_bytes
-    else:
-        probe = runner(limits)
-    size = block_bytes(probe.model, block_size=limits.block_size, dtype=probe.pool_dtype)
+    size = block_bytes(step.model, block_size=limits.block_size, dtype=step.pool_dtype)
     wanted = limits.max_num_seqs * limits.max_blocks_per_seq + 1
     available = pool_bytes(
         device,
@@ -134,7 +136,8 @@ def _with_pool(
         )
     print(
         f"jpaged: pool of {num_blocks} blocks of {limits.block_size} tokens, "
-        f"{num_blocks * size / 2**30:.2f} GiB on {device.platform}"
+        f"{num_blocks * size / 2**30:.2f} GiB on {device.platform}",
+        file=sys.stderr,
     )
     return dataclasses.replace(limits, num_blocks=num_blocks)
 

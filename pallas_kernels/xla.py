@@ -246,6 +246,11 @@ def write_kv(
     slots: Int32[Array, " T"],
 ) -> Float[Array, "P K S W"]:
     """The pool with each token's K and V in its slot; in place where the caller donated it."""
-    S = pool.shape[2]
+    P, K, S, W = pool.shape
     kv = jnp.concatenate([k, v], axis=-1).astype(pool.dtype)
-    return pool.at[slots // S, :, slots % S].set(kv, mode="drop")
+    # A scatter of whole rows into the flat pool: with the heads inside the window, XLA on a TPU
+    # picks another layout for the pool and copies it, twice a layer.
+    heads_K = jnp.arange(K)
+    rows_TK = ((slots // S)[:, None] * K + heads_K[None, :]) * S + (slots % S)[:, None]
+    flat = pool.reshape(P * K * S, W).at[rows_TK].set(kv, mode="drop")
+    return flat.reshape(P, K, S, W)

@@ -225,6 +225,6 @@ def _frequencies(head_size: int, theta: float, scaling: RopeScaling | None) -> n
     return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
-def _like(weight: Float[Array, " D"], x: Float[Array, "*dims D"]) -> Float[Array, "*dims D"]:
+def _like(weight: Float[Array, " D"], x: Float[Array, "*dims D"]) -> Float[Array, "*ones D"]:
     """A weight with the leading axes that broadcasting needs."""
     return weight.reshape((1,) * (x.ndim - 1) + weight.shape)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import jax
 import numpy as np
@@ -16,6 +16,7 @@ from jpaged_models.llama import Llama, llama_weights
 from jpaged_models.weights import Checkpoint
 
 
+@runtime_checkable  # the shape checker of the tests asks isinstance
 class Decoder(Protocol):
     """What the engine asks of a network."""
 

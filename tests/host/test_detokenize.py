@@ -146,7 +146,8 @@ def test_deltas_add_up_to_one_decode_of_any_text_after_any_prompt(
     starts = [backend.decode(token_ids[:end]).rstrip(BROKEN) for end in range(num_prompt + 1)]
     # The last of the prompt's characters may be whole only with the output's first tokens.
     prompt_text = max((start for start in starts if whole.startswith(start)), key=len)
-    assert (prompt_text + texts[-1]).rstrip(BROKEN) == whole.rstrip(BROKEN)
+    # A vocabulary may lack a byte; of the broken text that leaves, either side may have a part.
+    assert (prompt_text + texts[-1]).replace(BROKEN, "") == whole.replace(BROKEN, "")
 
 
 @pytest.mark.parametrize("make_backend", [byte_level, default_model])
@@ -282,6 +283,16 @@ def test_the_window_stays_short_whatever_comes_for_long(run: list[str]):
     detokenizer.feed(token_ids)
     assert len(detokenizer._window) < 20
     assert abs(len(detokenizer.text) - len(backend.decode(token_ids))) < 20
+
+
+def test_tokens_that_join_two_characters_never_break_them():
+    pieces = ["ð", "Ł", "ĺ", "Ģð", "a"]  # the bytes F0 9F 98 80 of one emoji, the last with a first
+    backend = tokenizers.Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, []))
+    backend.decoder = decoders.ByteLevel()
+    token_ids = [0, *[1, 2, 3] * 6, 4]
+    texts = texts_while_fed(make_detokenizer(backend), token_ids, 0)
+    assert [text.count("😀") for text in texts[3::3]] == [1, 2, 3, 4, 5, 6]
+    assert texts[-1] == "😀" * 6 + BROKEN + "a" == backend.decode(token_ids)
 
 
 def test_reset_begins_again_after_the_prompt():

@@ -8,6 +8,8 @@ import gguf
 import numpy as np
 from safetensors.numpy import save_file
 
+from jpaged_models.weights import Checkpoint
+
 D, F, V, L, N, K, H = 24, 40, 31, 2, 3, 1, 8
 
 LLAMA_CONFIG: dict[str, Any] = {
@@ -88,7 +90,7 @@ def write_gguf(
     """A GGUF file; a key that begins with a dot is the architecture's own."""
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in values.items():
-        _add_value(writer, f"{architecture}{key}" if key.startswith(".") else key, value)
+        add_value(writer, f"{architecture}{key}" if key.startswith(".") else key, value)
     for name, array in tensors.items():
         kind = (kinds or {}).get(name)
         if kind is None:
@@ -102,7 +104,7 @@ def write_gguf(
     return path
 
 
-def _add_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+def add_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
     if isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):
@@ -167,3 +169,11 @@ def converter_permute(array: np.ndarray, num_heads: int) -> np.ndarray:
     half = array.shape[0] // num_heads // 2
     split = array.reshape(num_heads, 2, half, *array.shape[1:])
     return np.ascontiguousarray(split.swapaxes(1, 2).reshape(array.shape))
+
+
+def assert_same(opened: Checkpoint, tensors: dict[str, np.ndarray]) -> None:
+    assert opened.names() == frozenset(tensors)
+    for name, expected in tensors.items():
+        array = opened.tensor(name)
+        assert array.dtype == expected.dtype, name
+        np.testing.assert_array_equal(array, expected, err_msg=name)

@@ -2,7 +2,7 @@
 
 import os
 import pathlib
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import numpy as np
 
@@ -15,7 +15,6 @@ from jpaged_models.weights.safetensors import SafetensorsCheckpoint
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-@runtime_checkable
 class Checkpoint(Protocol):
     """Named arrays of one model on the host, under Hugging Face's names and shapes.
 

@@ -1,0 +1,112 @@
+"""What every benchmark needs: interleaved medians, a count of compiles, where figures come from."""
+
+import dataclasses
+import importlib.metadata
+import os
+import pathlib
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+
+import jax
+
+COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+class CompileLog:
+    """The compilations of this process since it was made; `events` may be cleared."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        jax.monitoring.register_event_duration_secs_listener(self._note)
+
+    def _note(self, event: str, duration_secs: float, **kwargs: str | int) -> None:  # noqa: ARG002
+        if event == COMPILE_EVENT:
+            self.events.append(event)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Wall-clock seconds of repeated runs."""
+
+    seconds: tuple[float, ...]
+    others_share: float | None  # of the machine, used by other processes; None where unknown
+
+    @property
+    def median(self) -> float:
+        """The middle run, in seconds."""
+        return statistics.median(self.seconds)
+
+
+def interleaved(runs: Mapping[str, Callable[[], object]], *, repeats: int) -> dict[str, Timing]:
+    """Times every run `repeats` times, in rounds, so that noise falls on all of them alike.
+
+    A run returns only when its results are on the host.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    shares: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(repeats):
+        for name, run in runs.items():
+            busy, start = _others_cpu_seconds(), time.perf_counter()
+            run()
+            elapsed = time.perf_counter() - start
+            seconds[name].append(elapsed)
+            if busy is not None:
+                others = (_others_cpu_seconds() or busy) - busy
+                shares[name].append(max(0.0, others / elapsed / (os.cpu_count() or 1)))
+            print(f"round {turn + 1}/{repeats}: {name}: {elapsed:.2f} s", file=sys.stderr)
+    return {
+        name: Timing(
+            seconds=tuple(seconds[name]),
+            others_share=statistics.median(shares[name]) if shares[name] else None,
+        )
+        for name in runs
+    }
+
+
+def provenance() -> dict[str, object]:
+    """The device, the versions and the command, for a benchmark's JSON line."""
+    packages = ("jpaged", "jax", "jaxlib", "flax", "numpy")
+    return {
+        "device": jax.devices()[0].device_kind,
+        "platform": jax.devices()[0].platform,
+        "host": f"{os.cpu_count()} x {_processor()}",
+        "versions": {"python": platform.python_version(), **{p: _version(p) for p in packages}},
+        "command": " ".join(["python", "-m", _module_name(), *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _module_name() -> str:
+    spec = sys.modules["__main__"].__spec__
+    return spec.name if spec is not None else pathlib.Path(sys.argv[0]).name
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _processor() -> str:
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _others_cpu_seconds() -> float | None:
+    """Processor seconds that other processes have used since the start; Linux only."""
+    stat = pathlib.Path("/proc/stat")
+    if not stat.exists():
+        return None
+    user, nice, system, _idle, _waiting, irq, softirq, steal = (
+        int(field) for field in stat.read_text().split(maxsplit=9)[1:9]
+    )
+    busy = user + nice + system + irq + softirq + steal
+    return busy / os.sysconf("SC_CLK_TCK") - time.process_time()

@@ -1,0 +1,238 @@
+"""Throughput of the paged engine and of the unpaged baseline on the same requests.
+
+python -m benchmarks.throughput [--trace lengths.csv]
+
+Both sides hold the same bytes of keys and values: those of --rows baseline rows that reserve
+--max-model-len tokens each. Prompts are random tokens, lengths of answers are forced, decoding is
+greedy. Beside the main ratio stands the one against rows that reserve only what these requests can
+need at most, and each side's ceiling: the same run with all the memory it could use.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+from collections.abc import Callable
+
+from benchmarks import baseline_model
+from benchmarks.baseline import Baseline
+from benchmarks.lengths import RequestLengths, random_prompts, sharegpt_lengths, trace_lengths
+from benchmarks.measure import CompileLog, Timing, interleaved, provenance
+from jpaged import LLM, SamplingParams
+from jpaged_models import open_checkpoint
+
+Outputs = list[list[int]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Requests:
+    """What both sides are asked."""
+
+    prompts: list[list[int]]
+    max_tokens: list[int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Side:
+    """One configuration that is measured."""
+
+    name: str
+    cache_bytes: int
+    rows: int  # the most sequences that run at once
+    generate: Callable[[Requests], Outputs]
+
+
+def main() -> None:
+    """Prints a table for people and, last, one JSON line."""
+    options = _options()
+    compiles = CompileLog()
+    checkpoint = open_checkpoint(options.model)
+    requests = _requests(options, checkpoint.config.vocab_size)
+    sides = _unpaged_sides(options, checkpoint) + _paged_sides(options, checkpoint.config)
+    _warm_up(sides, requests)
+    compiles.events.clear()
+    answers: dict[str, Outputs] = {}
+
+    def run(side: Side) -> None:
+        answers[side.name] = side.generate(requests)
+        found = [len(tokens) for tokens in answers[side.name]]
+        assert found == requests.max_tokens, f"{side.name} ended a request early"
+
+    runs = {side.name: lambda side=side: run(side) for side in sides}
+    timings = interleaved(runs, repeats=options.repeats)
+    report = _report(options, requests, sides, timings)
+    report["same_tokens"] = _agreement(answers)
+    report["compiles_after_warm_up"] = len(compiles.events)
+    _print_table(report)
+    print(json.dumps({**report, "model": checkpoint.source, **provenance()}))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.throughput",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", help="directory, .gguf file or hub id; by default the default model")
+    add("--dtype", default="float32", help="of weights and cache, on both sides")
+    add("--requests", type=int, default=64)
+    add("--trace", help="CSV with input_tokens, output_tokens; by default ShareGPT's law")
+    add("--max-input", type=int, default=512, help="longer prompts are clipped")
+    add("--max-output", type=int, default=256, help="longer answers are clipped")
+    add("--max-model-len", type=int, default=2048, help="what a baseline row reserves")
+    add("--rows", type=int, default=4, help="baseline rows: they fix the bytes of both sides")
+    add("--max-num-seqs", type=int, default=64, help="sequences the engine runs at most at once")
+    add("--block-size", type=int, default=16)
+    add("--repeats", type=int, default=5)
+    add("--seed", type=int, default=0)
+    add("--no-ceilings", action="store_true", help="leave out the runs with unlimited memory")
+    return parser.parse_args()
+
+
+def _requests(options: argparse.Namespace, vocab_size: int) -> Requests:
+    lengths: list[RequestLengths] = (
+        trace_lengths(options.trace, options.requests)
+        if options.trace
+        else sharegpt_lengths(options.requests, seed=options.seed)
+    )
+    lengths = [
+        pair.clipped(max_input=options.max_input, max_output=options.max_output) for pair in lengths
+    ]
+    return Requests(
+        prompts=random_prompts(lengths, vocab_size=vocab_size, seed=options.seed),
+        max_tokens=[pair.output_tokens for pair in lengths],
+    )
+
+
+def _paged_sides(options: argparse.Namespace) -> list[Side]:
+    """The engine with as many blocks as the baseline's bytes buy, and with blocks for everyone."""
+    longest = options.max_input + options.max_output
+    blocks = {"paged": options.rows * options.max_model_len // options.block_size}
+    if not options.no_ceilings:
+        blocks["paged ceiling"] = options.max_num_seqs * -(-longest // options.block_size)
+    sides = []
+    for name, num_usable in blocks.items():
+        print(f"warming up {name}: {num_usable} blocks of {options.block_size}", file=sys.stderr)
+        llm = LLM(
+            options.model,
+            dtype=options.dtype,
+            block_size=options.block_size,
+            num_blocks=num_usable + 1,  # the null block holds nothing
+            max_num_seqs=options.max_num_seqs,
+            max_model_len=options.max_model_len,
+        )
+
+        def generate(requests: Requests, llm: LLM = llm) -> Outputs:
+            params = [
+                SamplingParams(temperature=0, max_tokens=limit, ignore_eos=True, detokenize=False)
+                for limit in requests.max_tokens
+            ]
+            outputs = llm.generate(requests.prompts, params)
+            return [list(output.outputs[0].token_ids) for output in outputs]
+
+        sides.append(
+            Side(
+                name=name,
+                rows=options.max_num_seqs,
+                tokens_held=num_usable * options.block_size,
+                generate=generate,
+                compiles=lambda llm=llm: llm.stats().compiles,
+            )
+        )
+    return sides
+
+
+def _unpaged_sides(options: argparse.Namespace, checkpoint: Checkpoint) -> list[Side]:
+    """Baselines of equal bytes with either reservation, and one with a row for every request."""
+    params = baseline_model.load_params(checkpoint, dtype=options.dtype)
+    longest = options.max_input + options.max_output
+    num_tokens = options.rows * options.max_model_len
+    shapes = {
+        "unpaged": (options.rows, options.max_model_len),
+        "unpaged tight": (max(1, num_tokens // longest), longest),
+    }
+    if not options.no_ceilings:
+        shapes["unpaged ceiling"] = (options.requests, longest)
+    sides = []
+    for name, (num_rows, reserved) in shapes.items():
+        baseline = Baseline(checkpoint.config, params, num_rows=num_rows, reserved=reserved)
+        print(f"warming up {name}: {num_rows} rows of {reserved} tokens", file=sys.stderr)
+        baseline.warm_up(options.max_input)
+
+        def generate(requests: Requests, baseline: Baseline = baseline) -> Outputs:
+            return baseline.generate(requests.prompts, requests.max_tokens, ignore_eos=True)
+
+        sides.append(
+            Side(name=name, rows=num_rows, tokens_held=num_rows * reserved, generate=generate)
+        )
+    return sides
+
+
+def _warm_up(sides: list[Side], requests: Requests) -> None:
+    """Runs the first few requests, cut short, on every side: each was compiled as it was made."""
+    few = Requests(prompts=requests.prompts[:4], max_tokens=[2] * len(requests.prompts[:4]))
+    for side in sides:
+        side.generate(few)
+
+
+def _report(
+    options: argparse.Namespace,
+    requests: Requests,
+    sides: list[Side],
+    timings: dict[str, Timing],
+) -> dict:
+    num_tokens = sum(requests.max_tokens)
+    rates = {name: num_tokens / timing.median for name, timing in timings.items()}
+    ratios = {
+        name: round(rates["paged"] / rate, 2) for name, rate in rates.items() if name != "paged"
+    }
+    return {
+        "benchmark": "throughput",
+        "requests": len(requests.prompts),
+        "prompt_tokens": sum(map(len, requests.prompts)),
+        "output_tokens": num_tokens,
+        "lengths": options.trace or f"ShareGPT's law, seed {options.seed}",
+        "dtype": options.dtype,
+        "sides": {
+            side.name: {
+                "rows": side.rows,
+                "cache_mib": round(side.cache_bytes / 2**20, 1),
+                "tokens_per_s": round(rates[side.name], 1),
+                "seconds": [round(second, 2) for second in timings[side.name].seconds],
+                "others_share": timings[side.name].others_share,
+            }
+            for side in sides
+        },
+        "paged_over": ratios,
+    }
+
+
+def _agreement(answers: dict[str, Outputs]) -> dict[str, float]:
+    """The share of requests in which each side's tokens are the engine's, all of them."""
+    mine = answers["paged"]
+    return {
+        name: statistics.fmean(a == b for a, b in zip(mine, outputs, strict=True))
+        for name, outputs in answers.items()
+        if name != "paged"
+    }
+
+
+def _print_table(report: dict) -> None:
+    print(
+        f"{report['requests']} requests, {report['prompt_tokens']} prompt tokens, "
+        f"{report['output_tokens']} output tokens, {report['lengths']}, {report['dtype']}"
+    )
+    print(f"{'':16} {'rows':>5} {'KV MiB':>8} {'tokens/s':>9} {'paged is':>9} {'same text':>10}")
+    for name, side in report["sides"].items():
+        ratio = report["paged_over"].get(name)
+        print(
+            f"{name:16} {side['rows']:5} {side['cache_mib']:8.1f} {side['tokens_per_s']:9.1f} "
+            + (f"{ratio:8.2f}x {report['same_tokens'][name]:10.3f}" if ratio else "")
+        )
+    print(f"compiles after warm-up: {report['compiles_after_warm_up']}")
+
+
+if __name__ == "__main__":
+    main()

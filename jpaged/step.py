@@ -1,0 +1,151 @@
+"""The one jitted function of the engine: a batch through the network, the pool and the sampler."""
+
+import dataclasses
+import enum
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, DTypeLike, Float, Int32
+
+from jpaged.batch import packed_size, sampling_spec, unpack_batch
+from jpaged.buckets import Bucket
+from jpaged.config import EngineConfig
+from jpaged.sampling import TopLogprobs, sample, top_logprobs
+from jpaged.state import DeviceState, StepBatch
+from jpaged_models import Decoder, ModelConfig, Phase, Pools, StepContext
+from pallas_kernels import (
+    Backend,
+    PagedBatch,
+    pool_shape,
+    positions_of_tokens,
+    rows_of_tokens,
+    slots_of_tokens,
+)
+
+
+class Outputs(enum.Enum):
+    """What a step returns beside the tokens; all but TOKENS are compiled when asked for."""
+
+    TOKENS = "tokens"
+    LOGPROBS = "logprobs"
+    LOGITS = "logits"  # of every token, for tests: [T, V]
+
+
+class StepOutput(NamedTuple):
+    """A step's results on the device; rows as in the plan, padding after them."""
+
+    tokens: Int32[Array, " B"]
+    logprobs: TopLogprobs | None = None
+    logits: Float[Array, "T V"] | None = None
+
+
+class Step:
+    """`step(params, pool, state, packed batch) -> (pool, state, out)`, pool and state donated.
+
+    Holds no arrays: with an abstract decoder it compiles for a device that is not there.
+    """
+
+    def __init__(
+        self, decoder: Decoder, config: EngineConfig, *, pool_dtype: DTypeLike, backend: Backend
+    ) -> None:
+        self.model: ModelConfig = decoder.config
+        self.config = config
+        self.pool_dtype = pool_dtype
+        self.backend = backend
+        # Split once: a module as a jit argument is flattened anew at each call.
+        self._graph, params = nnx.split(decoder)
+        leaves, self._params_tree = jax.tree.flatten(params)
+        self.param_specs = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+
+    def zeros(self) -> tuple[Pools, DeviceState]:
+        """A pool and a state that hold nothing."""
+        config, model = self.config, self.model
+        R = config.max_num_seqs
+        shape = pool_shape(
+            num_blocks=config.num_blocks,
+            num_kv_heads=model.num_kv_heads,
+            block_size=config.block_size,
+            head_size=model.head_size,
+        )
+        pools = tuple(jnp.zeros(shape, self.pool_dtype) for _ in range(model.num_layers))
+        sampling = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), sampling_spec(R))
+        tables = jnp.zeros((R, config.max_blocks_per_seq), jnp.int32)
+        return pools, DeviceState(tables, jnp.zeros(R, jnp.int32), sampling)
+
+    def specs(self, bucket: Bucket) -> tuple[Any, ...]:
+        """The shapes and dtypes of a step's arguments."""
+        size = packed_size(bucket, self.config.block_size)
+        packed = jax.ShapeDtypeStruct((size,), np.int32)
+        return (self.param_specs, *jax.eval_shape(self.zeros), packed)
+
+    def jitted(self, bucket: Bucket, outputs: Outputs = Outputs.TOKENS) -> jax.stages.Wrapped:
+        """The step of one bucket. Compiles once per (bucket, outputs)."""
+        step = functools.partial(self._step, bucket=bucket, outputs=outputs)
+        return jax.jit(step, donate_argnums=(1, 2))
+
+    def _step(
+        self,
+        params: list[Array],
+        pools: Pools,
+        state: DeviceState,
+        packed: Int32[Array, " X"],
+        *,
+        bucket: Bucket,
+        outputs: Outputs,
+    ) -> tuple[Pools, DeviceState, StepOutput]:
+        decoder = nnx.merge(self._graph, jax.tree.unflatten(self._params_tree, params))
+        batch = unpack_batch(packed, bucket, self.config.block_size)
+        state = _update_rows(state, batch)
+        tokens, context = _context(
+            batch, state, bucket, block_size=self.config.block_size, backend=self.backend
+        )
+        hidden, pools = decoder(tokens, pools, context)
+        last_B = jnp.maximum(batch.query_starts[1:] - 1, 0)
+        logits = decoder.logits(hidden if bucket.phase is Phase.DECODE else hidden[last_B])
+        rows = jax.tree.map(lambda leaf: leaf.at[batch.row_ids].get(mode="clip"), state.sampling)
+        sampled = sample(logits, rows, batch.seq_lens)
+        last_tokens = state.last_tokens.at[batch.sampled_row_ids].set(sampled, mode="drop")
+        state = dataclasses.replace(state, last_tokens=last_tokens)
+        out = StepOutput(
+            sampled,
+            top_logprobs(logits, sampled) if outputs is Outputs.LOGPROBS else None,
+            decoder.logits(hidden) if outputs is Outputs.LOGITS else None,
+        )
+        return pools, state, out
+
+
+def _update_rows(state: DeviceState, batch: StepBatch) -> DeviceState:
+    """The state with new rows started and new blocks entered."""
+    tables = state.block_tables.at[batch.new_row_ids].set(0, mode="drop")
+    rows, columns, blocks = batch.table_updates.T
+    tables = tables.at[rows, columns].set(blocks, mode="drop")
+    sampling = jax.tree.map(
+        lambda old, new: old.at[batch.new_row_ids].set(new, mode="drop"),
+        state.sampling,
+        batch.new_rows,
+    )
+    return dataclasses.replace(state, block_tables=tables, sampling=sampling)
+
+
+def _context(
+    batch: StepBatch,
+    state: DeviceState,
+    bucket: Bucket,
+    *,
+    block_size: int,
+    backend: Backend,
+) -> tuple[Int32[Array, " T"], StepContext]:
+    """The step's tokens, those that the device sampled filled in, and where each one belongs."""
+    tables = state.block_tables.at[batch.row_ids].get(mode="fill", fill_value=0)
+    paged = PagedBatch(tables, batch.query_starts, batch.seq_lens, batch.num_decodes[0])
+    rows = rows_of_tokens(paged, bucket.num_tokens)
+    positions = positions_of_tokens(paged, rows)
+    slots = slots_of_tokens(paged, rows, positions, block_size=block_size)
+    last_B = state.last_tokens.at[batch.row_ids].get(mode="fill", fill_value=0)
+    last_T = last_B.at[rows].get(mode="fill", fill_value=0)
+    tokens = jnp.where(batch.tokens < 0, last_T, batch.tokens)
+    return tokens, StepContext(paged, positions, slots, bucket.phase, backend)

@@ -1,0 +1,295 @@
+"""Many streams over one engine: who gets what, and that nothing is held when they are gone."""
+
+import asyncio
+import contextlib
+import pathlib
+import random
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from jpaged import LLM, AsyncLLM, EngineFailedError, SamplingParams
+from jpaged.invariants import check
+
+NUM_STREAMS = 200
+OPTIONS: dict[str, Any] = {
+    "block_size": 8,
+    "num_blocks": 41,
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 24,
+    "warm_up": False,
+}
+
+
+def test_outputs_grow_and_the_last_equals_the_offline_answer(tiny_model_dir: pathlib.Path):
+    prompts = ["the lazy dog", [5, 6, 7, 8, 9], "a block"]
+    params = SamplingParams(temperature=0.9, seed=11, max_tokens=13, ignore_eos=True)
+    with LLM(tiny_model_dir, **OPTIONS) as llm:
+        offline = llm.generate(prompts, params)
+
+    async def main(llm: AsyncLLM) -> None:
+        async def read(prompt: Any) -> list:
+            return [output async for output in llm.generate(prompt, params)]
+
+        streams = await asyncio.gather(*(read(prompt) for prompt in prompts))
+        for outputs, expected in zip(streams, offline, strict=True):
+            texts = [output.text for output in outputs]
+            assert all(new.startswith(old) for old, new in zip(texts, texts[1:], strict=False))
+            assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
+            assert outputs[-1].outputs == expected.outputs
+
+    run(tiny_model_dir, main)
+
+
+def test_two_hundred_streams_half_of_them_cancelled_leave_no_block_held(
+    tiny_model_dir: pathlib.Path,
+):
+    rng = random.Random(3)
+    doomed = set(rng.sample(range(NUM_STREAMS), NUM_STREAMS // 2))
+
+    async def main(llm: AsyncLLM) -> None:
+        async def read(index: int) -> str | None:
+            # The doomed would run much longer than the test, were their requests not aborted.
+            max_tokens = 120 if index in doomed else 2 + index % 17
+            params = SamplingParams(seed=index, max_tokens=max_tokens, ignore_eos=True)
+            prompt = [(7 * index + i) % 250 for i in range(1 + index % 37)]
+            outputs = [output async for output in llm.generate(prompt, params)]
+            return outputs[-1].outputs[0].finish_reason
+
+        tasks = [asyncio.create_task(read(index)) for index in range(NUM_STREAMS)]
+        for index in rng.sample(sorted(doomed), len(doomed)):
+            if rng.random() < 0.7:  # some before they are queued, some as they wait, some as they run
+                await asyncio.sleep(rng.random() * 0.01)
+            tasks[index].cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert {r for i, r in enumerate(results) if i not in doomed} == {"length"}
+        assert all(isinstance(results[index], asyncio.CancelledError) for index in doomed)
+        await assert_nothing_held(llm)
+
+    run(tiny_model_dir, main)
+
+
+def test_streams_interleave(tiny_model_dir: pathlib.Path):
+    async def main(llm: AsyncLLM) -> None:
+        order: list[int] = []
+
+        async def read(index: int) -> None:
+            params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+            async for _ in llm.generate([10 + index, 3], params):
+                order.append(index)
+
+        await asyncio.gather(*(read(index) for index in range(3)))
+        first_ends = min(max(i for i, who in enumerate(order) if who == n) for n in range(3))
+        assert set(order[:first_ends]) == {0, 1, 2}
+
+    run(tiny_model_dir, main)
+
+
+def test_a_slow_reader_gets_the_newest_output(tiny_model_dir: pathlib.Path):
+    async def main(llm: AsyncLLM) -> None:
+        params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+        lengths = []
+        async for output in llm.generate([4, 5, 6], params):
+            lengths.append(len(output.outputs[0].token_ids))
+            while (await llm.stats()).running:
+                await asyncio.sleep(0.002)
+        assert lengths[-1] == 30
+        assert len(lengths) <= 3
+
+    run(tiny_model_dir, main)
+
+
+def test_closing_a_stream_early_frees_its_blocks(tiny_model_dir: pathlib.Path):
+    async def main(llm: AsyncLLM) -> None:
+        params = SamplingParams(max_tokens=150, ignore_eos=True)
+        async with contextlib.aclosing(llm.generate([1, 3, 5], params)) as stream:
+            async for _ in stream:
+                break
+        await assert_nothing_held(llm)
+
+    run(tiny_model_dir, main)
+
+
+BAD_INPUT: list[tuple[Any, Any, type[Exception], str]] = [
+    ("", None, ValueError, "prompt is empty"),
+    ([3, 100_000], None, ValueError, "outside the vocabulary"),
+    ([5] * 192, None, ValueError, "max_model_len"),
+    (7, None, TypeError, "a prompt is text or a list of token ids"),
+    ("a", {"max_tokens": 3}, TypeError, "SamplingParams"),
+]
+
+
+def test_bad_input_raises_in_the_task_that_brought_it(tiny_model_dir: pathlib.Path):
+    async def main(llm: AsyncLLM) -> None:
+        async def read(prompt: Any, params: Any) -> Any:
+            return [output async for output in llm.generate(prompt, params)][-1]
+
+        good = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
+        bad = [read(prompt, params) for prompt, params, _, _ in BAD_INPUT]
+        fine, *refused = await asyncio.gather(read("the fox", good), *bad, return_exceptions=True)
+        for got, (_, _, kind, words) in zip(refused, BAD_INPUT, strict=True):
+            assert isinstance(got, kind)
+            assert words in str(got)
+        assert len(fine.outputs[0].token_ids) == 9
+        await assert_nothing_held(llm)
+
+    run(tiny_model_dir, main)
+
+
+def test_an_unknown_option_is_a_type_error_before_anything_loads():
+    with pytest.raises(TypeError, match="unknown options \\['blocksize'\\]"):
+        AsyncLLM("no such model", blocksize=16)
+
+
+def test_a_model_that_cannot_load_raises_where_it_is_awaited_and_leaves_no_thread(
+    tmp_path: pathlib.Path,
+):
+    async def main() -> None:
+        with pytest.raises(ValueError, match=r"config\.json"):
+            async with AsyncLLM(tmp_path):
+                pass
+
+    asyncio.run(main())
+    assert_no_engine_thread()
+
+
+def test_a_failed_request_raises_with_what_it_has(tiny_model_dir: pathlib.Path):
+    async def main(llm: AsyncLLM) -> None:
+        engine = inner(llm).engine
+        run_step = engine.runner.run
+        num_runs = 0
+
+        def failing(*args: Any) -> Any:
+            nonlocal num_runs
+            num_runs += 1
+            if num_runs in (4, 5):
+                raise OSError("no luck")
+            return run_step(*args)
+
+        engine.runner.run = failing
+        params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+        with pytest.raises(EngineFailedError, match="no luck") as caught:
+            async for _ in llm.generate([3, 4, 5], params):
+                pass
+        assert len(caught.value.outputs[0].outputs[0].token_ids) == 3
+        assert caught.value.outputs[0].outputs[0].finish_reason == "error"
+        async for output in llm.generate([3, 4, 5], params):
+            last = output
+        assert len(last.outputs[0].token_ids) == 20
+        await assert_nothing_held(llm)
+
+    run(tiny_model_dir, main)
+
+
+def test_an_engine_that_raises_ends_the_streams_instead_of_hanging(tiny_model_dir: pathlib.Path):
+    async def main(llm: AsyncLLM) -> None:
+        scheduler = inner(llm).engine.scheduler
+        schedule = scheduler.schedule
+
+        def failing() -> Any:
+            scheduler.schedule = schedule
+            raise AssertionError("a broken invariant")
+
+        scheduler.schedule = failing
+        with pytest.raises(EngineFailedError, match="a broken invariant"):
+            await anext(llm.generate([3, 4, 5]))
+        await assert_nothing_held(llm)
+
+    run(tiny_model_dir, main)
+
+
+def test_closing_while_streams_run_ends_them_with_an_error(tiny_model_dir: pathlib.Path):
+    async def main() -> None:
+        llm = AsyncLLM(tiny_model_dir, **OPTIONS)
+        started = asyncio.Event()
+
+        async def read() -> None:
+            params = SamplingParams(max_tokens=150, ignore_eos=True)
+            async for _ in llm.generate([1, 2, 3], params):
+                started.set()
+
+        tasks = [asyncio.create_task(read()) for _ in range(11)]  # three of them still wait
+        await started.wait()
+        await asyncio.gather(llm.close(), llm.aclose())
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(isinstance(result, EngineFailedError) for result in results)
+        assert {len(result.outputs) for result in results} == {1}  # pyright: ignore
+        with pytest.raises(RuntimeError, match="closed"):
+            await anext(llm.generate("late"))
+        with pytest.raises(RuntimeError, match="closed"):
+            await llm.stats()
+
+    asyncio.run(main())
+    assert_no_engine_thread()
+
+
+def test_an_idle_engine_runs_no_steps(tiny_model_dir: pathlib.Path):
+    async def main(llm: AsyncLLM) -> None:
+        async for _ in llm.generate([1, 2, 3], SamplingParams(max_tokens=4)):
+            pass
+        await llm.stats()
+        steps = 0
+        engine_step = inner(llm).engine.step
+
+        def counting() -> Any:
+            nonlocal steps
+            steps += 1
+            return engine_step()
+
+        inner(llm).engine.step = counting
+        await asyncio.sleep(0.05)
+        assert steps == 0
+
+    run(tiny_model_dir, main)
+
+
+def test_a_loop_that_ends_without_close_leaves_an_engine_that_stops(tiny_model_dir: pathlib.Path):
+    llm = AsyncLLM(tiny_model_dir, **OPTIONS)
+
+    async def main() -> None:
+        params = SamplingParams(max_tokens=180, ignore_eos=True)
+        stream = llm.generate([1, 2, 3], params)
+        await anext(stream)
+        stream_tasks.append(stream)  # keeps it from being closed here
+
+    stream_tasks: list[Any] = []
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(main())
+    loop.close()
+
+    async def close() -> None:
+        await llm.close()
+
+    asyncio.run(close())
+    assert_no_engine_thread()
+
+
+def run(directory: pathlib.Path, main: Callable[[AsyncLLM], Coroutine[Any, Any, None]]) -> None:
+    """Runs `main` with an engine over a small pool, and sees the engine gone after it."""
+
+    async def with_engine() -> None:
+        async with AsyncLLM(directory, **OPTIONS) as llm:
+            await main(llm)
+
+    asyncio.run(with_engine())
+    assert_no_engine_thread()
+
+
+async def assert_nothing_held(llm: AsyncLLM) -> None:
+    stats = await llm.stats()
+    assert (stats.running, stats.waiting, stats.blocks_used) == (0, 0, 0)
+    check(inner(llm).engine.scheduler)
+
+
+def inner(llm: AsyncLLM) -> LLM:
+    assert llm._llm is not None, "the tests look inside only while it is open"
+    return llm._llm
+
+
+def assert_no_engine_thread() -> None:
+    for thread in threading.enumerate():
+        if thread.name.startswith("jpaged-engine"):
+            thread.join(timeout=5)  # it may be on its last instructions
+            assert not thread.is_alive()

@@ -1,0 +1,80 @@
+"""The engine's whole step, compiled for a TPU that is not there."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+
+from jpaged.buckets import Bucket
+from jpaged.config import EngineConfig
+from jpaged.step import Step
+from jpaged_models import ModelConfig, Phase, abstract_decoder
+from pallas_kernels import Backend
+from tests.kernels.tpu_topology import compile_for_tpu, missing_libtpu
+
+NUM_BLOCKS = (
+    32768  # a slab larger than the embedding and than VMEM, so that the bound says something
+)
+SLAB_BYTES = NUM_BLOCKS * 3 * 16 * 128 * 2  # one layer of the pool below
+
+pytestmark = pytest.mark.skipif(missing_libtpu() is not None, reason=str(missing_libtpu()))
+
+
+def build_step(*, phase: str, num_tokens: int, num_rows: int, num_layers: int) -> tuple[Any, Any]:
+    """The step of a network shaped like SmolLM2, without weights."""
+    decoder = abstract_decoder(_smollm2(num_layers), dtype=jnp.bfloat16)
+    limits = EngineConfig(
+        block_size=16,
+        num_blocks=NUM_BLOCKS,
+        max_num_seqs=64,
+        max_num_batched_tokens=256,
+        max_model_len=2048,
+    )
+    step = Step(decoder, limits, pool_dtype=jnp.bfloat16, backend=Backend.PALLAS_TPU)
+    bucket = Bucket(Phase(phase), num_tokens, num_rows)
+    return step.jitted(bucket), step.specs(bucket)
+
+
+@pytest.mark.parametrize(
+    "bucket",
+    [
+        {"phase": "decode", "num_tokens": 8, "num_rows": 8},
+        {"phase": "mixed", "num_tokens": 64, "num_rows": 16},
+    ],
+    ids=["decode", "mixed"],
+)
+def test_step_compiles_for_v5e_with_the_pool_in_place(bucket):
+    compiled = compile_for_tpu(
+        "tests.kernels.test_tpu_step:build_step", options={**bucket, "num_layers": 2}
+    )
+    assert compiled.alias_bytes >= 2 * SLAB_BYTES, "both layers' pools are updated in place"
+    assert compiled.temporary_bytes < SLAB_BYTES
+    is_decode = bucket["phase"] == "decode"
+    assert ("paged_decode" in compiled.hlo) == is_decode, "the kernel runs inside the decode step"
+
+
+def _smollm2(num_layers: int) -> ModelConfig:
+    return ModelConfig(
+        architecture="LlamaForCausalLM",
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_layers=num_layers,
+        num_heads=9,
+        num_kv_heads=3,
+        head_size=64,
+        max_position_embeddings=8192,
+        norm_eps=1e-5,
+        rope_theta=1e5,
+        rope_scaling=None,
+        tie_word_embeddings=True,
+        qkv_bias=False,
+        output_bias=False,
+        mlp_bias=False,
+        qk_norm=False,
+        activation="silu",
+        layer_windows=(None,) * num_layers,
+        dtype="bfloat16",
+        bos_token_id=1,
+        eos_token_ids=(2,),
+    )

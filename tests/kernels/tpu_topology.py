@@ -1,0 +1,118 @@
+"""Compiles for a TPU on a machine without one, through libtpu's compiler.
+
+From a test: `compile_for_tpu("tests.kernels.test_tpu_compile:build_decode", options={...})`.
+From a shell, in the repository's root, the same:
+
+    PYTHONPATH=.:models python -m tests.kernels.tpu_topology v5e tests.kernels.test_tpu_compile:build_decode '{}'
+"""
+
+import dataclasses
+import importlib
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+ROOT = pathlib.Path(__file__).parents[2]
+TOPOLOGIES = {
+    "v4": "v4:2x2x1",
+    "v5e": "v5e:2x2",
+    "v5p": "v5p:2x2x1",
+    "v6e": "v6e:2x2",
+    "tpu7x": "tpu7x:2x2x1",
+}
+# libtpu reads these when it loads; without them it looks for the cloud's metadata server.
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # two tests at once would stop at a lock file
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """What the compiler made of a function: its memory in bytes, and the optimised HLO."""
+
+    argument_bytes: int
+    output_bytes: int
+    alias_bytes: int
+    temporary_bytes: int
+    hlo: str
+
+
+def missing_libtpu() -> str | None:
+    """Why nothing can be compiled for a TPU here, or None."""
+    if importlib.util.find_spec("libtpu") is None:
+        return "libtpu is not installed (the extra `tpu-aot`)"
+    return None
+
+
+def compile_for_tpu(
+    target: str, *, chip: str = "v5e", options: Mapping[str, Any] | None = None, timeout: int = 300
+) -> Compiled:
+    """Compiles what `target` builds, in a process of its own: the compiler aborts where it fails.
+
+    Args:
+        target: "module:function". Called with `options`, which must be JSON, the function returns
+            what to compile (jitted or not) and a tuple of its arguments, `jax.ShapeDtypeStruct`s
+            in any pytree; they need no sharding.
+    """
+    command = [sys.executable, "-m", __name__, chip, target, json.dumps(options or {})]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "models")])
+    run = subprocess.run(
+        command,
+        env=os.environ | ENVIRONMENT | {"PYTHONPATH": paths},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    if run.returncode:
+        raise RuntimeError(f"{target} did not compile for {chip}:\n{run.stderr[-4000:]}")
+    return Compiled(**json.loads(run.stdout.splitlines()[-1]))
+
+
+def compile_here(function: Callable[..., Any], arguments: tuple[Any, ...], chip: str) -> Compiled:
+    """Compiles in this process, which must have started with ENVIRONMENT."""
+    import jax
+    import numpy as np
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(TOPOLOGIES[chip], platform="tpu").devices
+    mesh = jax.sharding.Mesh(np.array(devices[:1]), ("x",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    specs = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), arguments
+    )
+    jitted = function if hasattr(function, "lower") else jax.jit(function)
+    with jax.set_mesh(mesh):
+        compiled = jitted.lower(*specs).compile()
+    memory = compiled.memory_analysis()
+    return Compiled(
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        alias_bytes=memory.alias_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        hlo=compiled.as_text(),
+    )
+
+
+def main() -> None:
+    """Builds and compiles what the command line names, and prints one JSON line."""
+    chip, target, options = sys.argv[1:]
+    module, _, name = target.partition(":")
+    build = getattr(importlib.import_module(module), name)
+    function, arguments = build(**json.loads(options))
+    print(json.dumps(dataclasses.asdict(compile_here(function, arguments, chip))))
+
+
+if __name__ == "__main__":
+    main()
