@@ -10,17 +10,21 @@ need at most, and each side's ceiling: the same run with all the memory it could
 
 import argparse
 import dataclasses
+import functools
 import json
 import statistics
 import sys
 from collections.abc import Callable
+
+import jax
+from jaxtyping import DTypeLike
 
 from benchmarks import baseline_model
 from benchmarks.baseline import Baseline
 from benchmarks.lengths import RequestLengths, random_prompts, sharegpt_lengths, trace_lengths
 from benchmarks.measure import CompileLog, Timing, interleaved, provenance
 from jpaged import LLM, SamplingParams
-from jpaged_models import open_checkpoint
+from jpaged_models import Checkpoint, open_checkpoint
 
 Outputs = list[list[int]]
 
@@ -49,8 +53,14 @@ def main() -> None:
     compiles = CompileLog()
     checkpoint = open_checkpoint(options.model)
     requests = _requests(options, checkpoint.config.vocab_size)
-    sides = _unpaged_sides(options, checkpoint) + _paged_sides(options, checkpoint.config)
-    _warm_up(sides, requests)
+    paged, cache_dtype = _paged_sides(options)
+    sides = [*paged, *_unpaged_sides(options, checkpoint, cache_dtype)]
+    by_name = {side.name: side for side in sides}
+    held = [by_name[name].cache_bytes for name in ("paged", "unpaged")]
+    assert held[0] == held[1], f"both sides must hold the same bytes, they hold {held}"
+    few = Requests(prompts=requests.prompts[:4], max_tokens=[2] * len(requests.prompts[:4]))
+    for side in sides:
+        side.generate(few)  # every program was compiled when the side was made
     compiles.events.clear()
     answers: dict[str, Outputs] = {}
 
@@ -59,9 +69,8 @@ def main() -> None:
         found = [len(tokens) for tokens in answers[side.name]]
         assert found == requests.max_tokens, f"{side.name} ended a request early"
 
-    runs = {side.name: lambda side=side: run(side) for side in sides}
-    timings = interleaved(runs, repeats=options.repeats)
-    report = _report(options, requests, sides, timings)
+    runs = {side.name: functools.partial(run, side) for side in sides}
+    report = _report(options, requests, sides, interleaved(runs, repeats=options.repeats))
     report["same_tokens"] = _agreement(answers)
     report["compiles_after_warm_up"] = len(compiles.events)
     _print_table(report)
@@ -106,13 +115,16 @@ def _requests(options: argparse.Namespace, vocab_size: int) -> Requests:
     )
 
 
-def _paged_sides(options: argparse.Namespace) -> list[Side]:
-    """The engine with as many blocks as the baseline's bytes buy, and with blocks for everyone."""
+def _paged_sides(options: argparse.Namespace) -> tuple[list[Side], DTypeLike]:
+    """The engine with as many blocks as the baseline's bytes buy, and with blocks for everyone.
+
+    Also the dtype of its pool, which the baseline's cache takes too.
+    """
     longest = options.max_input + options.max_output
     blocks = {"paged": options.rows * options.max_model_len // options.block_size}
     if not options.no_ceilings:
         blocks["paged ceiling"] = options.max_num_seqs * -(-longest // options.block_size)
-    sides = []
+    sides, cache_dtype = [], None
     for name, num_usable in blocks.items():
         print(f"warming up {name}: {num_usable} blocks of {options.block_size}", file=sys.stderr)
         llm = LLM(
@@ -132,19 +144,19 @@ def _paged_sides(options: argparse.Namespace) -> list[Side]:
             outputs = llm.generate(requests.prompts, params)
             return [list(output.outputs[0].token_ids) for output in outputs]
 
+        pool = jax.tree.leaves(llm.engine.runner.pool)
+        pool_bytes = sum(layer.nbytes for layer in pool)
+        cache_dtype = pool[0].dtype
+        cache_bytes = pool_bytes * num_usable // (num_usable + 1)
         sides.append(
-            Side(
-                name=name,
-                rows=options.max_num_seqs,
-                tokens_held=num_usable * options.block_size,
-                generate=generate,
-                compiles=lambda llm=llm: llm.stats().compiles,
-            )
+            Side(name=name, rows=options.max_num_seqs, cache_bytes=cache_bytes, generate=generate)
         )
-    return sides
+    return sides, cache_dtype
 
 
-def _unpaged_sides(options: argparse.Namespace, checkpoint: Checkpoint) -> list[Side]:
+def _unpaged_sides(
+    options: argparse.Namespace, checkpoint: Checkpoint, cache_dtype: DTypeLike
+) -> list[Side]:
     """Baselines of equal bytes with either reservation, and one with a row for every request."""
     params = baseline_model.load_params(checkpoint, dtype=options.dtype)
     longest = options.max_input + options.max_output
@@ -157,7 +169,13 @@ def _unpaged_sides(options: argparse.Namespace, checkpoint: Checkpoint) -> list[
         shapes["unpaged ceiling"] = (options.requests, longest)
     sides = []
     for name, (num_rows, reserved) in shapes.items():
-        baseline = Baseline(checkpoint.config, params, num_rows=num_rows, reserved=reserved)
+        baseline = Baseline(
+            checkpoint.config,
+            params,
+            num_rows=num_rows,
+            reserved=reserved,
+            cache_dtype=cache_dtype,
+        )
         print(f"warming up {name}: {num_rows} rows of {reserved} tokens", file=sys.stderr)
         baseline.warm_up(options.max_input)
 
@@ -165,16 +183,9 @@ def _unpaged_sides(options: argparse.Namespace, checkpoint: Checkpoint) -> list[
             return baseline.generate(requests.prompts, requests.max_tokens, ignore_eos=True)
 
         sides.append(
-            Side(name=name, rows=num_rows, tokens_held=num_rows * reserved, generate=generate)
+            Side(name=name, rows=num_rows, cache_bytes=baseline.cache_bytes, generate=generate)
         )
     return sides
-
-
-def _warm_up(sides: list[Side], requests: Requests) -> None:
-    """Runs the first few requests, cut short, on every side: each was compiled as it was made."""
-    few = Requests(prompts=requests.prompts[:4], max_tokens=[2] * len(requests.prompts[:4]))
-    for side in sides:
-        side.generate(few)
 
 
 def _report(

@@ -84,7 +84,9 @@ class LLM:
         self.model_config = built.engine.runner.model
         self.tokenizer = built.engine.tokenizer
         self._maker = RequestMaker(self.model_config, self.tokenizer, seed=seed)
+        self._requests: dict[str, Request] = {}  # those whose end no caller has taken yet
         self._outputs: dict[str, RequestOutput] = {}  # news that no caller has taken yet
+        self._news_lost = False  # whether a step was interrupted before its news were kept
         self._closed = False
         if warm_up:
             self.engine.runner.warm_up(progress=use_tqdm)
@@ -153,6 +155,9 @@ class LLM:
         """Runs one step; what has changed since it was last asked, each in full so far."""
         self._advance()
         news, self._outputs = list(self._outputs.values()), {}
+        for output in news:
+            if output.finished:
+                del self._requests[output.request_id]
         return news
 
     def abort(self, request_id: str) -> None:
@@ -240,6 +245,7 @@ class LLM:
             scheduler.validate(request)
         for request in requests:
             self._attach_detokenizers(request)
+            self._requests[request.request_id] = request
             scheduler.add(request)
 
     def _attach_detokenizers(self, request: Request) -> None:
@@ -259,14 +265,20 @@ class LLM:
     def _advance(self) -> None:
         """One step; its news are kept until the caller they belong to takes them."""
         self._check_open()
+        if self._news_lost:
+            for request_id, request in self._requests.items():
+                self._outputs[request_id] = request_output(request)
+        self._news_lost = True
         for sequence in self.engine.step():
             request = sequence.request
             self._outputs[request.request_id] = request_output(request)
+        self._news_lost = False
 
     def _forget(self, request_ids: list[str]) -> None:
         for request_id in request_ids:
             self.engine.scheduler.abort(request_id)
             self._outputs.pop(request_id, None)
+            self._requests.pop(request_id, None)
 
     def _render(self, conversation: SequenceOf[dict], *, add_generation_prompt: bool) -> str:
         template = self.tokenizer.chat_template if self.tokenizer else None

@@ -1,9 +1,9 @@
 """The one place that chooses a backend."""
 
 import enum
-import types
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import reference, xla
@@ -49,7 +49,8 @@ def paged_decode(
         return tpu_decode.paged_decode(
             q, pool, block_tables, seq_lens, interpret=interpret, **options
         )
-    return _module(backend).paged_decode(q, pool, block_tables, seq_lens, **options)
+    decode = reference.paged_decode if backend is Backend.REFERENCE else xla.paged_decode
+    return decode(q, pool, block_tables, seq_lens, **options)
 
 
 def paged_attention(
@@ -62,10 +63,27 @@ def paged_attention(
     soft_cap: float | None = None,
     backend: Backend,
 ) -> Float[Array, "T N H"]:
-    """Causal attention over the pool of a ragged batch (`PagedBatch` says how it is laid out)."""
-    return _module(backend).paged_attention(
-        q, pool, batch, scale=scale, window=window, soft_cap=soft_cap
+    """Causal attention over the pool of a ragged batch (`PagedBatch` says how it is laid out).
+
+    The T axis is at least as long as the B axis. Rows of one token go to `paged_decode`'s kernel.
+    """
+    if backend is Backend.REFERENCE:
+        return reference.paged_attention(
+            q, pool, batch, scale=scale, window=window, soft_cap=soft_cap
+        )
+    B = batch.seq_lens.shape[0]
+    decode_lens = jnp.where(jnp.arange(B) < batch.num_decodes, batch.seq_lens, 0)
+    decoded = paged_decode(
+        q[:B],
+        pool,
+        batch.block_tables,
+        decode_lens,
+        scale=scale,
+        window=window,
+        soft_cap=soft_cap,
+        backend=backend,
     )
+    return xla.paged_prefill(q, pool, batch, decoded, scale=scale, window=window, soft_cap=soft_cap)
 
 
 def write_kv(
@@ -80,9 +98,6 @@ def write_kv(
 
     Several tokens may name the null block; other slots are distinct.
     """
-    return _module(backend).write_kv(pool, k, v, slots)
-
-
-def _module(backend: Backend) -> types.ModuleType:
-    """The plain implementation; on a TPU prefill and writes are still XLA's."""
-    return reference if backend is Backend.REFERENCE else xla
+    if backend is Backend.REFERENCE:
+        return reference.write_kv(pool, k, v, slots)
+    return xla.write_kv(pool, k, v, slots)

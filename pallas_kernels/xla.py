@@ -116,26 +116,24 @@ def _decode_group(
     return _finish(state).astype(q.dtype)[..., W // 2 :]
 
 
-def paged_attention(
+def paged_prefill(
     q: Float[Array, "T N H"],
     pool: Float[Array, "P K S W"],
     batch: PagedBatch,
+    decoded: Float[Array, "B N H"],
     *,
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
 ) -> Float[Array, "T N H"]:
-    """Causal attention of a ragged batch: decode rows by `paged_decode`, the others tile by tile.
+    """Causal attention of a ragged batch whose decode rows are `decoded` already.
 
-    A tile is up to QUERY_TOKENS queries of one row; it walks its context up to its last query.
+    The others go tile by tile: a tile is up to QUERY_TOKENS queries of one row, and walks its
+    context up to its last query.
     """
     T, N, H = q.shape
     K = pool.shape[1]
     B = batch.seq_lens.shape[0]
-    decode_lens = jnp.where(jnp.arange(B) < batch.num_decodes, batch.seq_lens, 0)
-    decoded = paged_decode(
-        q[:B], pool, batch.block_tables, decode_lens, scale=scale, window=window, soft_cap=soft_cap
-    )
     query_lens_B = batch.query_starts[1:] - batch.query_starts[:-1]
     query_tokens = min(QUERY_TOKENS, T)
     tiles_B = jnp.where(jnp.arange(B) < batch.num_decodes, 0, -(-query_lens_B // query_tokens))

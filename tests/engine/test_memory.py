@@ -11,6 +11,8 @@ from jpaged_models import ModelConfig
 
 @dataclasses.dataclass
 class FakeDevice:
+    """A device of a platform, with the memory figures it would report."""
+
     platform: str
     stats: dict[str, int] | None
 

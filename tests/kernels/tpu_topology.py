@@ -3,7 +3,7 @@
 From a test: `compile_for_tpu("tests.kernels.test_tpu_compile:build_decode", options={...})`.
 From a shell, in the repository's root, the same:
 
-    PYTHONPATH=.:models python -m tests.kernels.tpu_topology v5e tests.kernels.test_tpu_compile:build_decode '{}'
+    PYTHONPATH=.:models python -m tests.kernels.tpu_topology v5e MODULE:FUNCTION OPTIONS_AS_JSON
 """
 
 import dataclasses
@@ -63,6 +63,9 @@ def compile_for_tpu(
         target: "module:function". Called with `options`, which must be JSON, the function returns
             what to compile (jitted or not) and a tuple of its arguments, `jax.ShapeDtypeStruct`s
             in any pytree; they need no sharding.
+        chip: one of TOPOLOGIES.
+        options: what `target` is called with.
+        timeout: seconds.
     """
     command = [sys.executable, "-m", __name__, chip, target, json.dumps(options or {})]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "models")])

@@ -1,0 +1,256 @@
+"""The command line: `jpaged generate` for prompts, `jpaged demo` for a first look."""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Sequence as SequenceOf
+from typing import TYPE_CHECKING, Any
+
+import jpaged
+from jpaged.errors import JpagedError
+from jpaged.outputs import RequestOutput
+from jpaged.params import SamplingParams
+
+if TYPE_CHECKING:
+    from jpaged.llm import LLM
+
+MAX_TOKENS = 128  # the API's 16 is for a caller who looks at the first words only
+
+DEMO_QUESTIONS = (
+    ("What is the capital of France?", 24),
+    ("Write two sentences about the sea.", 64),
+    ("Why is the sky blue?", 96),
+    ("Name three uses of a paper clip.", 96),
+    ("Translate to French: Good morning, my friend.", 32),
+    ("Write a haiku about memory.", 48),
+    ("How do I boil an egg? Answer in short steps.", 120),
+    ("Explain to a child what a computer program is.", 96),
+)
+
+_EXAMPLES = """\
+examples:
+  jpaged generate "Once upon a time" --temperature 0
+  jpaged generate --chat "Why is the sky blue?" --stream --max-tokens 200
+  jpaged generate "A cat" "A dog" --n 3 --seed 7 --stop . --stop '!'
+  jpaged generate --prompts-file questions.txt --chat --json > answers.jsonl
+  jpaged generate "The sea" --model models/llama --dtype bfloat16 --stats
+  cat prompts.txt | jpaged generate --prompts-file - --max-num-seqs 8
+
+Generated text goes to stdout, everything else to stderr. Exit status: 0 when all went well,
+2 for a bad option, prompt or model (one line on stderr says which), 130 after Ctrl-C.
+"""
+
+
+def main(arguments: SequenceOf[str] | None = None) -> int:
+    """Runs one command; its exit status."""
+    args = _parser().parse_args(arguments)
+    try:
+        args.run(args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader has seen enough. Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, TypeError, OSError, RuntimeError, JpagedError) as error:
+        print(f"jpaged: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="jpaged",
+        description="Text from language models over a paged KV cache, on a TPU, a GPU or a CPU.",
+        epilog="`jpaged COMMAND --help` explains a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"jpaged {jpaged.__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    generate = commands.add_parser(
+        "generate",
+        help="continue prompts, or answer messages",
+        description="Continues one prompt or many; all of them are generated together.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_input(generate)
+    _add_sampling(generate)
+    _add_output(generate)
+    _add_model(generate)
+    _add_engine(generate)
+    generate.set_defaults(run=_generate)
+    demo = commands.add_parser(
+        "demo",
+        help="answer several questions at once and show the figures",
+        description="Answers a few questions at once, greedily, and prints the engine's figures.",
+    )
+    _add_model(demo)
+    demo.add_argument(
+        "--max-tokens", type=int, metavar="N", help="at most so many tokens an answer"
+    )
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _add_input(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("input")
+    group.add_argument("prompts", nargs="*", metavar="PROMPT", help="text to continue")
+    group.add_argument(
+        "--prompts-file",
+        metavar="FILE",
+        help="more prompts, one a line, empty lines skipped; - reads stdin",
+    )
+    group.add_argument(
+        "--chat",
+        action="store_true",
+        help="each prompt is a user's message, written out by the model's own chat template",
+    )
+    group.add_argument("--system", metavar="TEXT", help="the system message, with --chat")
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling")
+
+    def add(flag: str, kind: type, metavar: str, text: str, default: Any = None) -> None:
+        group.add_argument(flag, type=kind, metavar=metavar, help=text, default=default)
+
+    add("--max-tokens", int, "N", f"at most so many tokens a prompt ({MAX_TOKENS})", MAX_TOKENS)
+    add("--min-tokens", int, "N", "no end before so many tokens (0)")
+    add("--temperature", float, "X", "0 takes the likeliest token, higher is more random (1.0)")
+    add("--top-k", int, "K", "only the K likeliest tokens (0: all)")
+    add("--top-p", float, "P", "only the likeliest tokens that reach probability P together (1.0)")
+    add("--min-p", float, "P", "only tokens at least P times as likely as the likeliest (0.0)")
+    add("--seed", int, "N", "of the noise: the same seed gives the same text (drawn)")
+    add("--n", int, "N", "answers a prompt (1)")
+    group.add_argument(
+        "--stop",
+        action="append",
+        metavar="TEXT",
+        help="end before this text; may be given several times",
+    )
+    group.add_argument(
+        "--ignore-eos", action="store_true", default=None, help="go on after the model's end token"
+    )
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output")
+    how = group.add_mutually_exclusive_group()
+    how.add_argument(
+        "--stream", action="store_true", help="print text as it comes (one prompt, --n 1)"
+    )
+    how.add_argument(
+        "--json", action="store_true", help="one JSON object a prompt and line, in the prompts' order"
+    )
+    group.add_argument("--stats", action="store_true", help="close with a line of figures")
+    group.add_argument("--quiet", action="store_true", help="no progress and no notes on stderr")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="a directory in Hugging Face's layout, a .gguf file or a hub id "
+        "(SmolLM2-135M-Instruct)",
+    )
+    group.add_argument("--revision", metavar="REV", help="branch, tag or commit on the hub")
+    group.add_argument(
+        "--dtype",
+        metavar="DTYPE",
+        help="auto, float32, bfloat16 or float16 (auto: float32 on a CPU, else the model's)",
+    )
+
+
+def _add_engine(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("engine", "What is not given is chosen by device and memory.")
+
+    def add(flag: str, kind: type, metavar: str, text: str) -> None:
+        group.add_argument(flag, type=kind, metavar=metavar, help=text)
+
+    add("--block-size", int, "N", "token positions a block: a power of two from 8 to 128 (16)")
+    add("--num-blocks", int, "N", "blocks in the pool")
+    add("--memory-fraction", float, "X", "share of an accelerator's memory to use in all (0.9)")
+    add("--max-num-seqs", int, "N", "sequences that run at once (CPU 64, else 256)")
+    add("--max-num-batched-tokens", int, "N", "tokens a step (CPU 256, else 2048)")
+    add("--max-model-len", int, "N", "longest prompt and answer together")
+    add("--attention-backend", str, "NAME", "auto, xla, reference or pallas-tpu (auto)")
+
+
+def _generate(args: argparse.Namespace) -> None:
+    prompts = _prompts(args)
+    params = SamplingParams(**_given(args, [f.name for f in dataclasses.fields(SamplingParams)]))
+    if args.system is not None and not args.chat:
+        raise ValueError("--system is a message and needs --chat")
+    if args.stream and (len(prompts) > 1 or params.n > 1):
+        raise ValueError(
+            f"--stream shows one answer, got {len(prompts)} prompts with n={params.n}; leave it out"
+        )
+    with _open_llm(args) as llm:
+        start = time.perf_counter()
+        if args.stream:
+            outputs = [_print_stream(llm, _as_stream_prompt(args, llm, prompts[0]), params)]
+        else:
+            outputs = _run(args, llm, prompts, params)
+            for output in outputs:
+                _print_output(args, output, many=len(outputs) > 1)
+        seconds = time.perf_counter() - start
+        if args.stats:
+            print(_figures(llm, outputs, seconds), file=sys.stderr)
+
+
+def _demo(args: argparse.Namespace) -> None:
+    limits = [min(n, args.max_tokens or n) for _, n in DEMO_QUESTIONS]
+    params = [SamplingParams(temperature=0, max_tokens=limit) for limit in limits]
+    questions = [question for question, _ in DEMO_QUESTIONS]
+    with _open_llm(args) as llm:
+        print(f"model: {llm.model_source}", flush=True)
+        start = time.perf_counter()
+        if llm.tokenizer is not None and llm.tokenizer.chat_template is not None:
+            messages = [[{"role": "user", "content": question}] for question in questions]
+            outputs = llm.chat(messages, params, use_tqdm=True)
+        else:
+            outputs = llm.generate(questions, params, use_tqdm=True)
+        seconds = time.perf_counter() - start
+        for question, output in zip(questions, outputs, strict=True):
+            print(f"\n> {question}\n{output.text.strip()}")
+        print(f"\n{_figures(llm, outputs, seconds)}")
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    prompts = list(args.prompts)
+    if args.prompts_file == "-":
+        prompts += sys.stdin.read().splitlines()
+    elif args.prompts_file is not None:
+        prompts += pathlib.Path(args.prompts_file).read_text(encoding="utf-8").splitlines()
+    if args.prompts_file is not None:
+        prompts = [*args.prompts, *(p for p in prompts[len(args.prompts) :] if p.strip())]
+    if not prompts:
+        raise ValueError("there is no prompt; give some, or a --prompts-file with at least one line")
+    return prompts
+
+
+def _given(args: argparse.Namespace, names: SequenceOf[str]) -> dict[str, Any]:
+    """The options that were given: for the others the API's own defaults hold."""
+    values = {name: getattr(args, name, None) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _open_llm(args: argparse.Namespace) -> "LLM":
+    # Here and not above: --help and a mistyped option should not wait for JAX.
+    from jpaged.llm import LLM
+
+    names = (
+        "model revision dtype block_size num_blocks memory_fraction max_num_seqs "
+        "max_num_batched_tokens max_model_len attention_backend"
+    ).split()
+    quiet = getattr(args, "quiet", False)
+    notes = open(os.devnull, "w") if quiet else sys.stderr  # noqa: SIM115
+    with contextlib.redirect_stdout(notes):
+        return LLM(**_given(args, names), use_tqdm=not quiet)
