@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import pathlib
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 MAX_TOKENS = 128  # the API's 16 is for a caller who looks at the first words only
 
+# Each with the most tokens its answer may have: they differ, so that rows end and others go on.
 DEMO_QUESTIONS = (
     ("What is the capital of France?", 24),
     ("Write two sentences about the sea.", 64),
@@ -30,6 +32,19 @@ DEMO_QUESTIONS = (
     ("Write a haiku about memory.", 48),
     ("How do I boil an egg? Answer in short steps.", 120),
     ("Explain to a child what a computer program is.", 96),
+)
+
+_LLM_OPTIONS = (
+    "model",
+    "revision",
+    "dtype",
+    "block_size",
+    "num_blocks",
+    "memory_fraction",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "max_model_len",
+    "attention_backend",
 )
 
 _EXAMPLES = """\
@@ -78,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Continues one prompt or many; all of them are generated together.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     _add_input(generate)
     _add_sampling(generate)
@@ -89,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         "demo",
         help="answer several questions at once and show the figures",
         description="Answers a few questions at once, greedily, and prints the engine's figures.",
+        allow_abbrev=False,
     )
     _add_model(demo)
     demo.add_argument(
@@ -146,7 +163,9 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         "--stream", action="store_true", help="print text as it comes (one prompt, --n 1)"
     )
     how.add_argument(
-        "--json", action="store_true", help="one JSON object a prompt and line, in the prompts' order"
+        "--json",
+        action="store_true",
+        help="one JSON object a prompt and line, in the prompts' order",
     )
     group.add_argument("--stats", action="store_true", help="close with a line of figures")
     group.add_argument("--quiet", action="store_true", help="no progress and no notes on stderr")
@@ -187,52 +206,51 @@ def _generate(args: argparse.Namespace) -> None:
     prompts = _prompts(args)
     params = SamplingParams(**_given(args, [f.name for f in dataclasses.fields(SamplingParams)]))
     if args.system is not None and not args.chat:
-        raise ValueError("--system is a message and needs --chat")
+        raise ValueError("--system is a message of a conversation, so it needs --chat")
     if args.stream and (len(prompts) > 1 or params.n > 1):
         raise ValueError(
-            f"--stream shows one answer, got {len(prompts)} prompts with n={params.n}; leave it out"
+            f"--stream shows one answer, got {len(prompts)} prompts and n={params.n}; leave it out"
         )
     with _open_llm(args) as llm:
         start = time.perf_counter()
         if args.stream:
-            outputs = [_print_stream(llm, _as_stream_prompt(args, llm, prompts[0]), params)]
+            _print_stream(args, llm, prompts[0], params)
         else:
             outputs = _run(args, llm, prompts, params)
-            for output in outputs:
-                _print_output(args, output, many=len(outputs) > 1)
-        seconds = time.perf_counter() - start
+            for prompt, output in zip(prompts, outputs, strict=True):
+                _print_output(args, prompt, output, many=len(prompts) > 1)
         if args.stats:
-            print(_figures(llm, outputs, seconds), file=sys.stderr)
+            print(_figures(llm, len(prompts), time.perf_counter() - start), file=sys.stderr)
 
 
 def _demo(args: argparse.Namespace) -> None:
-    limits = [min(n, args.max_tokens or n) for _, n in DEMO_QUESTIONS]
+    most = args.max_tokens
+    limits = [limit if most is None else min(limit, most) for _, limit in DEMO_QUESTIONS]
     params = [SamplingParams(temperature=0, max_tokens=limit) for limit in limits]
     questions = [question for question, _ in DEMO_QUESTIONS]
     with _open_llm(args) as llm:
-        print(f"model: {llm.model_source}", flush=True)
         start = time.perf_counter()
-        if llm.tokenizer is not None and llm.tokenizer.chat_template is not None:
+        if _has_template(llm):
             messages = [[{"role": "user", "content": question}] for question in questions]
             outputs = llm.chat(messages, params, use_tqdm=True)
         else:
             outputs = llm.generate(questions, params, use_tqdm=True)
         seconds = time.perf_counter() - start
         for question, output in zip(questions, outputs, strict=True):
-            print(f"\n> {question}\n{output.text.strip()}")
-        print(f"\n{_figures(llm, outputs, seconds)}")
+            print(f"> {question}\n{output.text.strip()}\n")
+        print(_figures(llm, len(outputs), seconds))
+        print(f"model: {llm.model_source}")
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
-    prompts = list(args.prompts)
+    lines: list[str] = []
     if args.prompts_file == "-":
-        prompts += sys.stdin.read().splitlines()
+        lines = sys.stdin.read().splitlines()
     elif args.prompts_file is not None:
-        prompts += pathlib.Path(args.prompts_file).read_text(encoding="utf-8").splitlines()
-    if args.prompts_file is not None:
-        prompts = [*args.prompts, *(p for p in prompts[len(args.prompts) :] if p.strip())]
+        lines = pathlib.Path(args.prompts_file).read_text(encoding="utf-8").splitlines()
+    prompts = [*args.prompts, *(line for line in lines if line.strip())]
     if not prompts:
-        raise ValueError("there is no prompt; give some, or a --prompts-file with at least one line")
+        raise ValueError("there is no prompt; give a PROMPT, or a --prompts-file that has a line")
     return prompts
 
 
@@ -246,11 +264,70 @@ def _open_llm(args: argparse.Namespace) -> "LLM":
     # Here and not above: --help and a mistyped option should not wait for JAX.
     from jpaged.llm import LLM
 
-    names = (
-        "model revision dtype block_size num_blocks memory_fraction max_num_seqs "
-        "max_num_batched_tokens max_model_len attention_backend"
-    ).split()
     quiet = getattr(args, "quiet", False)
-    notes = open(os.devnull, "w") if quiet else sys.stderr  # noqa: SIM115
-    with contextlib.redirect_stdout(notes):
-        return LLM(**_given(args, names), use_tqdm=not quiet)
+    # What loading has to say is no part of the output, which another program may read.
+    with contextlib.redirect_stdout(io.StringIO() if quiet else sys.stderr):
+        return LLM(**_given(args, _LLM_OPTIONS), use_tqdm=not quiet)
+
+
+def _run(
+    args: argparse.Namespace, llm: "LLM", prompts: list[str], params: SamplingParams
+) -> list[RequestOutput]:
+    progress = not args.quiet
+    if not args.chat:
+        return llm.generate(prompts, params, use_tqdm=progress)
+    return llm.chat([_messages(args, p) for p in prompts], params, use_tqdm=progress)
+
+
+def _messages(args: argparse.Namespace, prompt: str) -> list[dict[str, str]]:
+    system = [] if args.system is None else [{"role": "system", "content": args.system}]
+    return [*system, {"role": "user", "content": prompt}]
+
+
+def _print_stream(
+    args: argparse.Namespace, llm: "LLM", prompt: str, params: SamplingParams
+) -> None:
+    start: str | list[int] = prompt
+    if args.chat:
+        if llm.tokenizer is None or llm.tokenizer.chat_template is None:
+            raise ValueError(f"{llm.model_source} has no chat template; leave out --chat")
+        text = llm.tokenizer.chat_template.render(_messages(args, prompt))
+        start = llm.tokenizer.encode(text, add_special_tokens=False)
+    for delta in llm.stream(start, params):
+        print(delta.text, end="", flush=True)
+    print()
+
+
+def _print_output(
+    args: argparse.Namespace, prompt: str, output: RequestOutput, *, many: bool
+) -> None:
+    if args.json:
+        print(json.dumps(dataclasses.asdict(output), ensure_ascii=False))
+        return
+    if many:
+        print(f"> {prompt}")
+    for completion in output.outputs:
+        label = f"[{completion.index + 1}] " if len(output.outputs) > 1 else ""
+        print(f"{label}{completion.text}")
+    if many:
+        print()
+
+
+def _has_template(llm: "LLM") -> bool:
+    return llm.tokenizer is not None and llm.tokenizer.chat_template is not None
+
+
+def _figures(llm: "LLM", num_requests: int, seconds: float) -> str:
+    """One line: what was done, how fast, and how well the blocks were used."""
+    stats = llm.stats()
+    return (
+        f"{num_requests} requests, {stats.generated_tokens} tokens in {seconds:.1f} s: "
+        f"{stats.generated_tokens / seconds:.1f} tokens/s; "
+        f"peak {stats.peak_blocks} of {stats.num_blocks - 1} blocks, "
+        f"waste {100 * stats.mean_waste:.1f} %; "
+        f"{stats.compiles} programs compiled, {stats.lazy_compiles} of them while requests waited"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -15,7 +15,7 @@ def generate(
     prompts: Any,
     *,
     model: str | os.PathLike | None = None,
-    use_tqdm: bool = False,
+    use_tqdm: bool = True,
     **options: Any,
 ) -> Any:
     """A `RequestOutput` for one prompt, a list of them for a list of prompts.

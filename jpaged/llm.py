@@ -61,7 +61,7 @@ class LLM:
         seed: int = 0,
         attention_backend: str = "auto",
         warm_up: bool = True,
-        use_tqdm: bool = False,
+        use_tqdm: bool = True,
     ) -> None:
         if memory_fraction is not None and gpu_memory_utilization is not None:
             raise ValueError(
@@ -96,7 +96,7 @@ class LLM:
         prompts: Prompt | SequenceOf[Prompt],
         sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
         *,
-        use_tqdm: bool = False,
+        use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """The answers to all prompts, in their order.
 
@@ -114,7 +114,7 @@ class LLM:
         sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
         *,
         add_generation_prompt: bool = True,
-        use_tqdm: bool = False,
+        use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """The answers to one conversation or several, written out by the model's own template."""
         if not messages:

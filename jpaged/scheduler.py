@@ -315,6 +315,8 @@ class _Draft:
     def plan(self) -> StepPlan:
         """The step, with the rows that have one token in front."""
         short = [row for row in self.rows if row.num_tokens == 1]
+        # Attention walks a group of rows as far as its longest: rows of a length go together.
+        short.sort(key=lambda row: -row.seq_len)
         long = [row for row in self.rows if row.num_tokens > 1]
         return StepPlan(
             rows=(*short, *long),

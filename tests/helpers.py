@@ -19,7 +19,7 @@ from jpaged.plan import StepPlan
 from jpaged.requests import Request
 from jpaged.requests import Sequence as TokenSequence
 from jpaged.runner import Outputs, StepOutput
-from jpaged_models import Decoder, ModelConfig, Tokenizer, random_decoder
+from jpaged_models import Decoder, ModelConfig, random_decoder
 from pallas_kernels import Backend
 
 
@@ -91,7 +91,7 @@ def tiny_engine(decoder: Decoder | None = None, **limits: int) -> Engine:
     return make_engine(decoder or tiny_decoder(), **limits)
 
 
-def make_engine(decoder: Decoder, tokenizer: Tokenizer | None = None, **limits: int) -> Engine:
+def make_engine(decoder: Decoder, **limits: int) -> Engine:
     """An engine with a float32 pool on the first device; nothing is compiled yet."""
     config: dict[str, int] = {
         "block_size": 8,
@@ -102,7 +102,7 @@ def make_engine(decoder: Decoder, tokenizer: Tokenizer | None = None, **limits: 
     }
     return engine_for(
         decoder,
-        tokenizer,
+        None,
         EngineConfig(**config | limits),
         pool_dtype=np.float32,
         backend=Backend.XLA,

@@ -34,16 +34,14 @@ def paged_decode(
 ) -> Float[Array, "B N H"]:
     """Attention of one query token a row; a row of length 0 gives zeros.
 
-    Slots at and behind `seq_lens`, and blocks that no row names, may hold NaN.
-
-    Args:
-        q: Each row's last token, at position `seq_lens - 1`; its K and V are in the pool.
-        tile_blocks: Blocks fetched and computed on at a time; by default as fits the memory.
-        interpret: Simulates a TPU on whatever device there is, with `InterpretParams` as asked.
+    The token is the one at position `seq_lens - 1`, and its K and V are in the pool. Slots at and
+    behind `seq_lens`, slots that have left the window and blocks that no row names may hold NaN.
+    `tile_blocks` blocks are fetched and computed on at a time, by default as many as fit well.
+    With `interpret` a TPU is simulated on whatever device there is, as `InterpretParams` say.
     """
     _check(q, pool, window, soft_cap, tile_blocks)
     B, N, H = q.shape
-    _, K, S, W = pool.shape
+    _, K, _, W = pool.shape
     G = N // K
     q_BKGW = pad_lanes(q.astype(pool.dtype)).reshape(B, K, G, W)
     q_BKGW = jnp.pad(q_BKGW, [(0, 0), (0, 0), (0, -G % MIN_GROUP), (0, 0)])

@@ -60,7 +60,9 @@ def test_two_hundred_streams_half_of_them_cancelled_leave_no_block_held(
 
         tasks = [asyncio.create_task(read(index)) for index in range(NUM_STREAMS)]
         for index in rng.sample(sorted(doomed), len(doomed)):
-            if rng.random() < 0.7:  # some before they are queued, some as they wait, some as they run
+            if (
+                rng.random() < 0.7
+            ):  # some before they are queued, some as they wait, some as they run
                 await asyncio.sleep(rng.random() * 0.01)
             tasks[index].cancel()
         results = await asyncio.gather(*tasks, return_exceptions=True)

@@ -95,7 +95,7 @@ def compile_here(function: Callable[..., Any], arguments: tuple[Any, ...], chip:
     specs = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), arguments
     )
-    jitted = function if hasattr(function, "lower") else jax.jit(function)
+    jitted: Any = function if hasattr(function, "lower") else jax.jit(function)
     with jax.set_mesh(mesh):
         compiled = jitted.lower(*specs).compile()
     memory = compiled.memory_analysis()
