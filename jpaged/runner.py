@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 from flax import nnx
-from jaxtyping import DTypeLike
+from jaxtyping import DTypeLike, PyTree
 from tqdm import tqdm
 
 from jpaged.batch import pack_batch
@@ -43,11 +43,11 @@ class Runner:
         self.params = jax.tree.leaves(nnx.split(decoder)[1])
         self.programs: dict[tuple[Bucket, Outputs], jax.stages.Compiled] = {}
         self.lazy_compiles = 0
-        self.reset()
+        self.pool, self.state = jax.jit(self.step.zeros)()
 
     def reset(self) -> None:
-        """A zero pool and an empty state in place of whatever was there."""
-        self.pool = self.state = None  # free the old before making the new
+        """A zero pool and an empty state in place of what is left of the old ones."""
+        _delete((self.pool, self.state))  # before the new ones are made: both would not fit
         self.pool, self.state = jax.jit(self.step.zeros)()
 
     def run(self, plan: StepPlan, outputs: Outputs = Outputs.TOKENS) -> StepOutput:
@@ -80,13 +80,11 @@ class Runner:
     @property
     def is_lost(self) -> bool:
         """Whether a failed step took the pool or the state with it."""
-        arrays = jax.tree.leaves((self.pool, self.state))
-        return not arrays or any(array.is_deleted() for array in arrays)
+        return any(array.is_deleted() for array in jax.tree.leaves((self.pool, self.state)))
 
     def close(self) -> None:
         """Deletes the device arrays at once, whoever still refers to them."""
-        for array in jax.tree.leaves((self.params, self.pool, self.state)):
-            array.delete()
+        _delete((self.params, self.pool, self.state))
         self.programs.clear()
 
     def _program(self, bucket: Bucket, outputs: Outputs) -> jax.stages.Compiled:
@@ -94,3 +92,9 @@ class Runner:
             self.programs[bucket, outputs] = self.compile(bucket, outputs)
             self.lazy_compiles += 1
         return self.programs[bucket, outputs]
+
+
+def _delete(arrays: PyTree) -> None:
+    for array in jax.tree.leaves(arrays):
+        if not array.is_deleted():
+            array.delete()

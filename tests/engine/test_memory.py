@@ -77,7 +77,7 @@ def test_plugin_that_does_not_fit_is_an_error_and_not_a_silent_cpu(tmp_path, mon
     device_file = tmp_path / "nvidiactl"
     device_file.touch()
     monkeypatch.setattr(devices, "_PLUGINS", (("numpy", "cuda13", str(device_file)),))
-    chosen = jax.config.jax_platforms
+    chosen = jax.config.values["jax_platforms"]
     jax.devices()  # the backend is up, so the setting below chooses nothing any more
     jax.config.update("jax_platforms", None)
     try:
