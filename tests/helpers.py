@@ -1,9 +1,12 @@
 """Tolerances, tiny random models, and engines over them whose every logit can be seen."""
 
+import copy
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import numpy as np
@@ -13,13 +16,15 @@ from jpaged.config import EngineConfig
 from jpaged.devices import first_device
 from jpaged.engine import Engine
 from jpaged.invariants import check
-from jpaged.loading import engine_for
+from jpaged.llm import LLM
+from jpaged.loading import BuiltEngine, engine_for
 from jpaged.params import SamplingParams
 from jpaged.plan import StepPlan
 from jpaged.requests import Request
 from jpaged.requests import Sequence as TokenSequence
-from jpaged.runner import Outputs, StepOutput
-from jpaged_models import Decoder, ModelConfig, random_decoder
+from jpaged.runner import Outputs, Runner, StepOutput
+from jpaged.scheduler import Scheduler
+from jpaged_models import Decoder, ModelConfig, Tokenizer, random_decoder
 from pallas_kernels import Backend
 
 
@@ -86,29 +91,60 @@ def tiny_decoder(config: ModelConfig | None = None, *, seed: int = 0) -> Decoder
     return nnx.merge(graph, state)
 
 
-def tiny_engine(decoder: Decoder | None = None, **limits: int) -> Engine:
-    """An engine over `decoder`, or over a tiny random one, with few and small programs."""
-    return make_engine(decoder or tiny_decoder(), **limits)
+def tiny_engine(**limits: int) -> Engine:
+    """An engine over a tiny random model that shares its programs with all others of its kind.
+
+    `limits` replace those of LIMITS where the programs do not depend on them: none may be higher,
+    and `block_size` stays. A lower `num_blocks` leaves part of the pool unused.
+    """
+    shared = _tiny_runner()
+    config = dataclasses.replace(shared.config, **limits)
+    assert all(getattr(config, name) <= LIMITS[name] for name in limits)
+    assert config.block_size == LIMITS["block_size"]
+    runner = copy.copy(shared)  # the programs and the parameters are the same objects
+    runner.reset()
+    return Engine(Scheduler(config, eos_token_ids=runner.model.eos_token_ids), runner, None)
+
+
+LIMITS = {
+    "block_size": 8,
+    "num_blocks": 60,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 16,
+    "max_model_len": 96,
+}
 
 
 def make_engine(decoder: Decoder, **limits: int) -> Engine:
-    """An engine with a float32 pool on the first device; nothing is compiled yet."""
-    config: dict[str, int] = {
-        "block_size": 8,
-        "num_blocks": 60,
-        "max_num_seqs": 4,
-        "max_num_batched_tokens": 16,
-        "max_model_len": 96,
-    }
-    return engine_for(
+    """An engine with a float32 pool on the first device; nothing is compiled yet.
+
+    It has one program for decode steps and one for all others.
+    """
+    engine = engine_for(
         decoder,
         None,
-        EngineConfig(**config | limits),
+        EngineConfig(**LIMITS | limits),
         pool_dtype=np.float32,
         backend=Backend.XLA,
         device=first_device(),
         memory_fraction=None,
     )
+    buckets = engine.runner.buckets
+    del buckets.decode[:-1], buckets.mixed[:-1]
+    return engine
+
+
+@functools.cache
+def _tiny_runner() -> Runner:
+    return make_engine(tiny_decoder(seed=3)).runner
+
+
+def llm_over(engine: Engine, tokenizer: Tokenizer | None = None) -> LLM:
+    """An LLM that found this engine already built. Never close one over a `tiny_engine`."""
+    engine.tokenizer = tokenizer
+    built = BuiltEngine(engine, "a tiny random model")
+    with mock.patch("jpaged.llm.build_engine", lambda *_, **__: built):
+        return LLM(warm_up=False)
 
 
 _request_ids = itertools.count()

@@ -1,0 +1,172 @@
+"""One decode step of the paged engine against one of the unpaged baseline, at equal batch.
+
+python -m benchmarks.step [--batches 1 8 32] [--contexts 300 2000]
+
+A paged step is the engine's whole step: plan, pack, run, fetch the tokens, commit them. An unpaged
+step is the baseline's: run, fetch. Both attend to the same number of tokens in every row. Prompts
+are planned and given blocks but not computed, since a step's time does not depend on what the
+memory holds; the baseline's rows likewise start in the middle.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import baseline_model
+from benchmarks.baseline import Baseline
+from benchmarks.measure import CompileLog, provenance
+from jpaged import LLM, SamplingParams
+from jpaged_models import Checkpoint, open_checkpoint
+
+
+def main() -> None:
+    """Prints a table for people and, last, one JSON line."""
+    options = _options()
+    compiles = CompileLog()
+    checkpoint = open_checkpoint(options.model)
+    params = baseline_model.load_params(checkpoint, dtype=options.dtype)
+    results = []
+    print(f"{'batch':>5} {'context':>8} {'paged ms':>9} {'unpaged ms':>11} {'ratio':>6}")
+    for batch in options.batches:
+        for result in _measure(options, checkpoint, params, batch, compiles):
+            results.append(result)
+            print(
+                f"{batch:5} {result['context']:8} {result['paged_ms']:9.1f} "
+                f"{result['unpaged_ms']:11.1f} {result['ratio']:6.2f}",
+                flush=True,
+            )
+    report = {"benchmark": "step", "dtype": options.dtype, "model": checkpoint.source}
+    print(json.dumps({**report, "results": results, **provenance()}))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.step",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", help="directory, .gguf file or hub id; by default the default model")
+    add("--dtype", default="float32", help="of the weights, on both sides")
+    add("--batches", type=int, nargs="+", default=[1, 8, 32])
+    add("--contexts", type=int, nargs="+", default=[300, 2000])
+    add("--block-size", type=int, default=16)
+    add("--rounds", type=int, default=5, help="the two sides take turns")
+    add("--steps", type=int, default=8, help="steps of a turn")
+    return parser.parse_args()
+
+
+def _measure(
+    options: argparse.Namespace,
+    checkpoint: Checkpoint,
+    params: baseline_model.Params,
+    batch: int,
+    compiles: CompileLog,
+) -> list[dict]:
+    """Both sides at one batch size, a result for each context."""
+    num_steps = options.rounds * options.steps
+    longest = max(options.contexts) + num_steps + options.block_size
+    blocks_per_row = -(-longest // options.block_size)
+    with LLM(
+        options.model,
+        dtype=options.dtype,
+        block_size=options.block_size,
+        num_blocks=batch * blocks_per_row + 1,
+        max_num_seqs=batch,
+        max_num_batched_tokens=batch * longest,  # all prompts are planned in one step
+        max_model_len=longest,
+        warm_up=False,  # one program is all that is run
+    ) as llm:
+        baseline = Baseline(
+            checkpoint.config,
+            params,
+            num_rows=batch,
+            reserved=longest,
+            cache_dtype=jax.tree.leaves(llm.engine.runner.pool)[0].dtype,
+        )
+        results = []
+        for context in options.contexts:
+            # Halfway through, the rows attend to `context` tokens.
+            start = max(1, context - num_steps // 2)
+            sides = [_paged(llm, batch, start), _unpaged(baseline, start)]
+            for step in sides:
+                step()
+            compiles.events.clear()
+            paged, unpaged = _take_turns(sides, options)
+            assert not compiles.events, "a step compiled while it was timed"
+            results.append(
+                {
+                    "batch": batch,
+                    "context": context,
+                    "paged_ms": round(paged * 1e3, 2),
+                    "unpaged_ms": round(unpaged * 1e3, 2),
+                    "ratio": round(paged / unpaged, 3),
+                }
+            )
+    return results
+
+
+def _take_turns(
+    sides: list[Callable[[], None]], options: argparse.Namespace
+) -> tuple[float, float]:
+    """The median seconds of a step of either side."""
+    seconds: list[list[float]] = [[], []]
+    for turn in range(options.rounds):
+        for side, times in zip(sides, seconds, strict=True):
+            for _ in range(options.steps):
+                start = time.perf_counter()
+                side()
+                times.append(time.perf_counter() - start)
+        print(f"round {turn + 1}/{options.rounds}", file=sys.stderr)
+    return statistics.median(seconds[0]), statistics.median(seconds[1])
+
+
+def _paged(llm: LLM, batch: int, context: int) -> Callable[[], None]:
+    """The engine's step with `batch` sequences of `context` tokens in the middle of their text."""
+    scheduler, runner = llm.engine.scheduler, llm.engine.runner
+    for request_id in list(scheduler.requests):
+        scheduler.abort(request_id)
+    params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True, detokenize=False)
+    for _ in range(batch):
+        llm.submit([0] * context, params)
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert plan.num_tokens == batch * context, "every prompt fits the first plan"
+    scheduler.commit(plan, [0] * batch)
+    state = runner.state
+    assert state is not None, "the runner has a state until it is closed"
+    tables = np.zeros(state.block_tables.shape, np.int32)
+    for sequence in scheduler.running:
+        tables[sequence.row, : len(sequence.block_ids)] = sequence.block_ids
+    runner.state = dataclasses.replace(state, block_tables=jnp.array(tables))
+
+    def step() -> None:
+        llm.engine.step()
+
+    return step
+
+
+def _unpaged(baseline: Baseline, context: int) -> Callable[[], None]:
+    """The baseline's step with every row at `context` tokens."""
+    rows = baseline.rows_at(context)
+    stop_ids = baseline.stop_ids(ignore_eos=True)
+
+    def step() -> None:
+        nonlocal rows
+        rows = baseline.step(rows, stop_ids)
+        np.array(rows.tokens)
+        np.array(rows.lens)
+
+    return step
+
+
+if __name__ == "__main__":
+    main()
