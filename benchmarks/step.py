@@ -102,6 +102,8 @@ def _measure(
             compiles.events.clear()
             paged, unpaged = _take_turns(sides, options)
             assert not compiles.events, "a step compiled while it was timed"
+            held = [step() for step in sides]
+            assert held == [start + num_steps + 2] * 2, f"rows hold {held} tokens, from {start} on"
             results.append(
                 {
                     "batch": batch,
@@ -114,9 +116,7 @@ def _measure(
     return results
 
 
-def _take_turns(
-    sides: list[Callable[[], None]], options: argparse.Namespace
-) -> tuple[float, float]:
+def _take_turns(sides: list[Callable[[], int]], options: argparse.Namespace) -> tuple[float, float]:
     """The median seconds of a step of either side."""
     seconds: list[list[float]] = [[], []]
     for turn in range(options.rounds):
@@ -129,8 +129,8 @@ def _take_turns(
     return statistics.median(seconds[0]), statistics.median(seconds[1])
 
 
-def _paged(llm: LLM, batch: int, context: int) -> Callable[[], None]:
-    """The engine's step with `batch` sequences of `context` tokens in the middle of their text."""
+def _paged(llm: LLM, batch: int, context: int) -> Callable[[], int]:
+    """The engine's step, at `batch` sequences of `context` tokens; returns what a row holds then."""
     scheduler, runner = llm.engine.scheduler, llm.engine.runner
     for request_id in list(scheduler.requests):
         scheduler.abort(request_id)
@@ -148,22 +148,23 @@ def _paged(llm: LLM, batch: int, context: int) -> Callable[[], None]:
         tables[sequence.row, : len(sequence.block_ids)] = sequence.block_ids
     runner.state = dataclasses.replace(state, block_tables=jnp.array(tables))
 
-    def step() -> None:
+    def step() -> int:
         llm.engine.step()
+        return scheduler.num_tokens_held // batch
 
     return step
 
 
-def _unpaged(baseline: Baseline, context: int) -> Callable[[], None]:
-    """The baseline's step with every row at `context` tokens."""
+def _unpaged(baseline: Baseline, context: int) -> Callable[[], int]:
+    """The baseline's step, likewise."""
     rows = baseline.rows_at(context)
     stop_ids = baseline.stop_ids(ignore_eos=True)
 
-    def step() -> None:
+    def step() -> int:
         nonlocal rows
         rows = baseline.step(rows, stop_ids)
         np.array(rows.tokens)
-        np.array(rows.lens)
+        return int(np.array(rows.lens)[0])
 
     return step
 
