@@ -40,6 +40,24 @@ class Timing:
         return statistics.median(self.seconds)
 
 
+class OthersShare:
+    """How much of the machine other processes have used since this was made.
+
+    A figure taken while it is above a few per cent is not to be trusted.
+    """
+
+    def __init__(self) -> None:
+        self._busy, self._start = _others_cpu_seconds(), time.perf_counter()
+
+    def now(self) -> float | None:
+        """A share from 0 to 1, or None where the system does not say."""
+        busy = _others_cpu_seconds()
+        if busy is None or self._busy is None:
+            return None
+        elapsed = time.perf_counter() - self._start
+        return round(max(0.0, (busy - self._busy) / elapsed / (os.cpu_count() or 1)), 3)
+
+
 def interleaved(runs: Mapping[str, Callable[[], object]], *, repeats: int) -> dict[str, Timing]:
     """Times every run `repeats` times, in rounds, so that noise falls on all of them alike.
 
@@ -49,13 +67,13 @@ def interleaved(runs: Mapping[str, Callable[[], object]], *, repeats: int) -> di
     shares: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeats):
         for name, run in runs.items():
-            busy, start = _others_cpu_seconds(), time.perf_counter()
+            load, start = OthersShare(), time.perf_counter()
             run()
             elapsed = time.perf_counter() - start
             seconds[name].append(elapsed)
-            if busy is not None:
-                others = (_others_cpu_seconds() or busy) - busy
-                shares[name].append(max(0.0, others / elapsed / (os.cpu_count() or 1)))
+            share = load.now()
+            if share is not None:
+                shares[name].append(share)
             print(f"round {turn + 1}/{repeats}: {name}: {elapsed:.2f} s", file=sys.stderr)
     return {
         name: Timing(

@@ -130,7 +130,7 @@ def _take_turns(sides: list[Callable[[], int]], options: argparse.Namespace) -> 
 
 
 def _paged(llm: LLM, batch: int, context: int) -> Callable[[], int]:
-    """The engine's step, at `batch` sequences of `context` tokens; returns what a row holds then."""
+    """The engine's step with `batch` rows of `context` tokens; returns what each then holds."""
     scheduler, runner = llm.engine.scheduler, llm.engine.runner
     for request_id in list(scheduler.requests):
         scheduler.abort(request_id)

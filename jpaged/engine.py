@@ -54,9 +54,11 @@ class Engine:
 
     def _recover(self) -> list[Sequence]:
         """Starts the device side anew; the sequences that turned out to be finished."""
+        # The scheduler first: if the rest is interrupted, the next step fails and comes here again.
+        ended = self.scheduler.recover()
         if self.runner.is_lost:
             self.runner.reset()
-        return self.scheduler.recover()
+        return ended
 
     def _give_up(self, plan: StepPlan, error: Exception) -> list[Sequence]:
         """Counts the failure against each request of the plan; ends those that failed before."""

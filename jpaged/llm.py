@@ -154,10 +154,11 @@ class LLM:
     def step(self) -> list[RequestOutput]:
         """Runs one step; what has changed since it was last asked, each in full so far."""
         self._advance()
-        news, self._outputs = list(self._outputs.values()), {}
+        news = list(self._outputs.values())
         for output in news:
             if output.finished:
-                del self._requests[output.request_id]
+                self._requests.pop(output.request_id, None)
+        self._outputs = {}  # last: whoever is interrupted before it hears the news next time
         return news
 
     def abort(self, request_id: str) -> None:
@@ -168,7 +169,8 @@ class LLM:
     @property
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has anything to do or to say."""
-        return self.engine.scheduler.has_work or bool(self._outputs)
+        has_news = bool(self._outputs) or (self._news_lost and bool(self._requests))
+        return self.engine.scheduler.has_work or has_news
 
     def stats(self) -> Stats:
         """What runs, what waits, how full the pool is, and how many programs were compiled."""

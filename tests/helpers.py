@@ -22,7 +22,8 @@ from jpaged.params import SamplingParams
 from jpaged.plan import StepPlan
 from jpaged.requests import Request
 from jpaged.requests import Sequence as TokenSequence
-from jpaged.runner import Outputs, Runner, StepOutput
+from jpaged.runner import Runner
+from jpaged.step import Outputs, StepOutput
 from jpaged.scheduler import Scheduler
 from jpaged_models import Decoder, ModelConfig, Tokenizer, random_decoder
 from pallas_kernels import Backend
@@ -143,7 +144,7 @@ def llm_over(engine: Engine, tokenizer: Tokenizer | None = None) -> LLM:
     """An LLM that found this engine already built. Never close one over a `tiny_engine`."""
     engine.tokenizer = tokenizer
     built = BuiltEngine(engine, "a tiny random model")
-    with mock.patch("jpaged.llm.build_engine", lambda *_, **__: built):
+    with mock.patch("jpaged.llm.build_engine", return_value=built):
         return LLM(warm_up=False)
 
 

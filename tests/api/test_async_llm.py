@@ -78,16 +78,17 @@ def test_two_hundred_streams_half_of_them_cancelled_leave_no_block_held(
 
 def test_streams_interleave(tiny_model_dir: pathlib.Path):
     async def main(llm: AsyncLLM) -> None:
-        order: list[int] = []
+        order: list[str] = []
 
-        async def read(index: int) -> None:
+        async def read(prompt: str) -> None:
             params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
-            async for output in llm.generate([10 + index, 3], params):
-                order.append(int(output.request_id))
+            stream = llm.generate(prompt, params)
+            while await anext(stream, None) is not None:
+                order.append(prompt)
 
-        await asyncio.gather(*(read(index) for index in range(3)))
-        first_ends = min(max(i for i, who in enumerate(order) if who == n) for n in range(3))
-        assert set(order[:first_ends]) == {0, 1, 2}
+        await asyncio.gather(read("the fox"), read("a dog"), read("keys"))
+        first_end = min(len(order) - order[::-1].index(who) for who in order)
+        assert set(order[:first_end]) == {"the fox", "a dog", "keys"}
 
     run(tiny_model_dir, main)
 

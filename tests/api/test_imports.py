@@ -1,5 +1,6 @@
 """What importing jpaged does, and does not do: each case in a fresh interpreter."""
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -74,8 +75,13 @@ def test_an_unknown_name_is_an_attribute_error():
 
 
 def run(code: str) -> str:
-    """What a fresh interpreter prints; it must say nothing on stderr but the pool's size."""
-    command = [sys.executable, "-W", "error", "-c", code]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    """What a fresh interpreter prints that finds modules where this one does."""
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout

@@ -15,7 +15,7 @@ from jpaged.batch import MAX_STOP_IDS
 from jpaged.engine import Engine
 from jpaged.plan import StepPlan
 from jpaged.requests import Request
-from jpaged.runner import Outputs, StepOutput
+from jpaged.step import Outputs, StepOutput
 from jpaged.sampling import filter_logits, noise, sample
 from jpaged.state import SamplingRows
 from tests.helpers import (
@@ -270,12 +270,13 @@ def test_logprobs_are_those_of_the_model_before_temperature():
     logits = []
     run = engine.runner.run
 
-    def run_with_logits(plan: StepPlan, _: Outputs) -> StepOutput:
+    def run_with_logits(plan: StepPlan, outputs: Outputs = Outputs.TOKENS) -> StepOutput:
+        assert outputs is Outputs.LOGPROBS
         tables = jax.tree.map(jnp.copy, (engine.runner.pool, engine.runner.state))
         out = run(plan, Outputs.LOGITS)
         logits.append(np.asarray(out.logits)[plan.num_tokens - 1])
         engine.runner.pool, engine.runner.state = tables
-        return run(plan, Outputs.LOGPROBS)
+        return run(plan, outputs)
 
     engine.runner.run = run_with_logits
     request = make_request(make_prompt(5), logprobs=3, **SAMPLED, ignore_eos=True)
