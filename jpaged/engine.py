@@ -28,22 +28,27 @@ class Engine:
         self.scheduler = scheduler
         self.runner = runner
         self.tokenizer = tokenizer
+        self._unsettled = False  # a step began, and neither it nor its recovery came to an end
 
     def step(self) -> list[Sequence]:
         """Runs one step; the sequences that got a token or ended."""
-        plan = None
+        plan, ended = None, []
         try:
+            if self._unsettled:
+                ended = self._recover()
+            self._unsettled = True
             plan = self.scheduler.schedule()
-            if plan is None:
-                return []
-            out = self.runner.run(plan, _outputs_for(plan))
-            tokens, logprobs = fetch(out, plan, self.tokenizer)
-            return self.scheduler.commit(plan, tokens, logprobs)
+            if plan is not None:
+                out = self.runner.run(plan, _outputs_for(plan))
+                tokens, logprobs = fetch(out, plan, self.tokenizer)
+                ended += self.scheduler.commit(plan, tokens, logprobs)
+            self._unsettled = False
         except BaseException as error:
-            ended = self._recover()
+            ended += self._recover()
             if plan is None or not isinstance(error, Exception):
                 raise
-            return ended + self._give_up(plan, error)
+            ended += self._give_up(plan, error)
+        return ended
 
     def stats(self) -> Stats:
         """The figures of scheduler and runner at this moment."""
@@ -54,10 +59,10 @@ class Engine:
 
     def _recover(self) -> list[Sequence]:
         """Starts the device side anew; the sequences that turned out to be finished."""
-        # The scheduler first: if the rest is interrupted, the next step fails and comes here again.
         ended = self.scheduler.recover()
         if self.runner.is_lost:
             self.runner.reset()
+        self._unsettled = False
         return ended
 
     def _give_up(self, plan: StepPlan, error: Exception) -> list[Sequence]:

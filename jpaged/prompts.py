@@ -40,6 +40,11 @@ class RequestMaker:
                 f"min_tokens can hold back at most {MAX_STOP_IDS} stop ids, the model's eos ids "
                 f"included; got {len(held_back)}"
             )
+        for token in params.stop_token_ids:
+            if token >= self.model.vocab_size:
+                raise ValueError(
+                    f"stop token id {token} is outside the vocabulary of {self.model.vocab_size}"
+                )
         if params.stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer and this model has none")
         seed = params.seed

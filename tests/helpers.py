@@ -23,8 +23,8 @@ from jpaged.plan import StepPlan
 from jpaged.requests import Request
 from jpaged.requests import Sequence as TokenSequence
 from jpaged.runner import Runner
-from jpaged.step import Outputs, StepOutput
 from jpaged.scheduler import Scheduler
+from jpaged.step import Outputs, StepOutput
 from jpaged_models import Decoder, ModelConfig, Tokenizer, random_decoder
 from pallas_kernels import Backend
 

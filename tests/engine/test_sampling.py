@@ -15,9 +15,9 @@ from jpaged.batch import MAX_STOP_IDS
 from jpaged.engine import Engine
 from jpaged.plan import StepPlan
 from jpaged.requests import Request
-from jpaged.step import Outputs, StepOutput
 from jpaged.sampling import filter_logits, noise, sample
 from jpaged.state import SamplingRows
+from jpaged.step import Outputs, StepOutput
 from tests.helpers import (
     generated,
     make_prompt,

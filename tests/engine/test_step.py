@@ -14,8 +14,8 @@ from jpaged.buckets import Buckets
 from jpaged.engine import Engine
 from jpaged.params import SamplingParams
 from jpaged.plan import StepPlan
-from jpaged.step import Outputs, StepOutput
 from jpaged.scheduler import Scheduler
+from jpaged.step import Outputs, StepOutput
 from tests.helpers import (
     generated,
     llm_over,

@@ -1,0 +1,227 @@
+"""Bad input is refused with words, before any device work, and the engine goes on."""
+
+import dataclasses
+import math
+import pathlib
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+
+import jpaged
+from jpaged.llm import LLM
+from jpaged.params import SamplingParams
+from jpaged_models import Tokenizer
+from tests.helpers import llm_over, make_prompt, tiny_engine
+from tests.models.tiny_files import (
+    LLAMA_VALUES,
+    as_gguf_tensors,
+    llama_tensors,
+    write_directory,
+    write_gguf,
+    write_json,
+)
+
+GOOD = make_prompt(5)
+GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    """Its text is letters, a token each."""
+    letters = {letter: index for index, letter in enumerate("abcdefghij")}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(letters, unk_token="a"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = Tokenizer(
+        backend=backend, bos_token_id=None, eos_token_ids=(2,), chat_template=None
+    )
+    return llm_over(tiny_engine(num_blocks=9), tokenizer)
+
+
+@pytest.fixture(autouse=True)
+def no_step_ran(request: pytest.FixtureRequest):
+    """No refusal reaches the device, and good prompts are answered afterwards."""
+    if "llm" not in request.fixturenames:
+        yield
+        return
+    llm: LLM = request.getfixturevalue("llm")
+    before = llm.stats()
+    yield
+    assert llm.stats() == before
+    (output,) = llm.generate(GOOD, GREEDY, use_tqdm=False)
+    assert output.outputs[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error", "message"),
+    [
+        ("", ValueError, "empty"),
+        ([], ValueError, "empty"),
+        ([[]], ValueError, "empty"),
+        ([[3, 4], []], ValueError, "empty"),
+        (["", "a"], ValueError, "empty"),
+        ("   ", ValueError, "no tokens"),
+        (make_prompt(96), ValueError, "96 tokens and max_model_len is 96"),
+        (make_prompt(300), ValueError, "300 tokens and max_model_len is 96"),
+        (make_prompt(70), ValueError, "may need 10 blocks of 8 tokens and the pool has 8"),
+        ([3, 53], ValueError, "53 is outside the vocabulary of 53"),
+        ([3, -1], ValueError, "-1 is outside"),
+        (np.array([3, 99]), ValueError, "99 is outside"),
+        ([3, 4.0], TypeError, "integers"),
+        ([3, True], TypeError, "integers"),
+        ([3, "a"], TypeError, "integers"),
+        (7, TypeError, "got int"),
+        (None, TypeError, "got NoneType"),
+        (b"bytes", TypeError, "got bytes"),
+        ({"prompt": "a"}, TypeError, "got dict"),
+        ([{"prompt": "a"}], TypeError, "got dict"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_a_bad_prompt_is_refused(llm: LLM, prompt: Any, error: type[Exception], message: str):
+    with pytest.raises(error, match=message):
+        llm.generate(prompt, GREEDY)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("bad", [[3, 99], make_prompt(96), make_prompt(70)], ids=len)
+def test_one_bad_prompt_among_good_ones_refuses_the_whole_call(
+    llm: LLM, place: int, bad: list[int]
+):
+    prompts = [GOOD, make_prompt(9)]
+    prompts.insert(place, bad)
+    with pytest.raises(ValueError, match=r"vocabulary|max_model_len|never fit"):
+        llm.generate(prompts, GREEDY)
+
+
+@pytest.mark.parametrize("name", ["submit", "stream"])
+def test_submit_and_stream_refuse_at_once(llm: LLM, name: str):
+    with pytest.raises(ValueError, match="never fit"):
+        getattr(llm, name)(make_prompt(70), GREEDY)
+    with pytest.raises(ValueError, match="empty"):
+        getattr(llm, name)("")
+
+
+def test_a_request_that_only_the_pool_refuses_names_both_numbers(llm: LLM):
+    with pytest.raises(ValueError, match=r"5 prompt tokens and max_tokens=60 .* 9 blocks .* has 8"):
+        llm.generate(GOOD, dataclasses.replace(GREEDY, max_tokens=60))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"n": 0}, ValueError, "n must be at least 1, got 0"),
+        ({"n": -3}, ValueError, "n must be"),
+        ({"n": 1.0}, TypeError, "n must be an int"),
+        ({"top_p": 0.0}, ValueError, "top_p must be above 0"),
+        ({"top_p": 1.1}, ValueError, "top_p must be"),
+        ({"top_p": -0.1}, ValueError, "top_p must be"),
+        ({"top_p": math.nan}, ValueError, "top_p must be finite"),
+        ({"temperature": -0.5}, ValueError, "temperature must be"),
+        ({"temperature": math.nan}, ValueError, "temperature must be finite"),
+        ({"temperature": math.inf}, ValueError, "temperature must be finite"),
+        ({"temperature": "hot"}, TypeError, "temperature must be a number"),
+        ({"top_k": -2}, ValueError, "top_k must be"),
+        ({"min_p": 1.5}, ValueError, "min_p must be"),
+        ({"max_tokens": 0}, ValueError, "max_tokens must be"),
+        ({"logprobs": 21}, ValueError, "logprobs must be"),
+        ({"seed": "lucky"}, TypeError, "seed must be"),
+        ({"stop": [""]}, ValueError, "empty"),
+        ({"stop": 3}, TypeError, "stop must be"),
+        ({"max_token": 5}, TypeError, "max_token"),
+    ],
+    ids=str,
+)
+def test_bad_sampling_parameters_are_refused_by_either_door(
+    options: dict[str, Any], error: type[Exception], message: str
+):
+    with pytest.raises(error, match=message):
+        SamplingParams(**options)
+    with pytest.raises(error, match=message):  # before any model is loaded
+        jpaged.generate("a", model="no/such-model", **options)
+
+
+def test_sampling_parameters_of_another_kind_or_number_are_refused(llm: LLM):
+    with pytest.raises(TypeError, match="expected SamplingParams, got dict"):
+        llm.generate([GOOD, GOOD], [GREEDY, {"n": 1}])  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="2 prompts and 1 SamplingParams"):
+        llm.generate([GOOD, GOOD], [GREEDY])
+
+
+def test_min_tokens_with_more_stop_ids_than_a_row_holds_is_refused(llm: LLM):
+    params = SamplingParams(min_tokens=2, stop_token_ids=list(range(17)))
+    with pytest.raises(ValueError, match="at most 16 stop ids"):
+        llm.generate(GOOD, params)
+
+
+def test_stop_ids_outside_the_vocabulary_are_refused(llm: LLM):
+    with pytest.raises(ValueError, match="99 is outside the vocabulary of 53"):
+        llm.generate(GOOD, SamplingParams(stop_token_ids=[99]))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"block_size": 12}, ValueError, "block_size must be a power of two"),
+        ({"block_size": 4}, ValueError, "block_size must be"),
+        ({"num_blocks": 1}, ValueError, "num_blocks must be at least 2"),
+        ({"max_num_seqs": 0}, ValueError, "max_num_seqs must be"),
+        ({"max_num_batched_tokens": 0}, ValueError, "max_num_batched_tokens must be"),
+        ({"max_model_len": 97}, ValueError, "max_model_len=97 exceeds the model's context of 96"),
+        ({"memory_fraction": 1.5}, ValueError, "memory_fraction must be"),
+        ({"memory_fraction": 0.5, "gpu_memory_utilization": 0.5}, ValueError, "one option"),
+        ({"dtype": "float8"}, ValueError, "dtype must be one of"),
+        ({"attention_backend": "flash"}, ValueError, "attention_backend must be one of"),
+        ({"max_num_seq": 4}, TypeError, "max_num_seq"),
+        ({"block_size": "16"}, TypeError, "block_size must be an int"),
+    ],
+    ids=str,
+)
+def test_bad_engine_options_are_refused(
+    tmp_path: pathlib.Path, options: dict[str, Any], error: type[Exception], message: str
+):
+    directory = write_directory(tmp_path / "tiny", llama_tensors())
+    with pytest.raises(error, match=message):
+        LLM(directory, **options)
+
+
+def test_a_directory_without_weights_is_refused(tmp_path: pathlib.Path):
+    directory = write_directory(tmp_path / "empty", llama_tensors())
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="safetensors"):
+        LLM(directory)
+    with pytest.raises(ValueError, match=r"config\.json"):
+        LLM(tmp_path)
+    with pytest.raises(ValueError, match="there is no"):
+        LLM(tmp_path / "nowhere")
+
+
+def test_a_truncated_or_junk_safetensors_file_is_refused(tmp_path: pathlib.Path):
+    directory = write_directory(tmp_path / "torn", llama_tensors())
+    file = directory / "model.safetensors"
+    whole = file.read_bytes()
+    for content in (whole[:-100], whole[:9], b"", b"junk" * 50):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="safetensors"):
+            LLM(directory)
+
+
+def test_a_truncated_or_junk_gguf_file_is_refused(tmp_path: pathlib.Path):
+    file = write_gguf(tmp_path / "m.gguf", "llama", LLAMA_VALUES, as_gguf_tensors(llama_tensors()))
+    whole = file.read_bytes()
+    for content in (whole[:-4000], whole[:90], b"", b"junk" * 50):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="gguf"):
+            LLM(file)
+
+
+def test_an_unsupported_architecture_is_refused_and_the_supported_ones_are_named(
+    tmp_path: pathlib.Path,
+):
+    directory = write_directory(tmp_path / "other", llama_tensors())
+    write_json(
+        directory / "config.json", {"architectures": ["MambaForCausalLM"], "model_type": "mamba"}
+    )
+    with pytest.raises(ValueError, match=r"MambaForCausalLM.*LlamaForCausalLM.*GPT2LMHeadModel"):
+        LLM(directory)
