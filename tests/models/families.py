@@ -1,4 +1,4 @@
-"""Tiny models of every family: weights from a NumPy seed, so that a golden file holds only logits."""
+"""Tiny models of every family: weights from a NumPy seed, so that a golden holds only logits."""
 
 import json
 import pathlib

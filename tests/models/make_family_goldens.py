@@ -4,10 +4,11 @@ PYTHONPATH=.:models python -m tests.models.make_family_goldens
 """
 
 import json
+from typing import Any
 
 import numpy as np
-import torch
-import transformers
+import torch  # pyright: ignore[reportMissingImports]
+import transformers  # pyright: ignore[reportMissingImports]
 
 from tests.models.families import FAMILIES, GOLDENS, Golden, make_prompts, make_tensor
 
@@ -19,7 +20,8 @@ def main() -> None:
         golden = transformers_golden(name)
         about = {"config": golden.config, "shapes": golden.shapes, "prompts": golden.prompts}
         logits = {f"logits{i}": each for i, each in enumerate(golden.logits)}
-        np.savez_compressed(GOLDENS / f"{name}.npz", about=json.dumps(about), **logits)
+        stored: dict[str, Any] = {"about": json.dumps(about), **logits}
+        np.savez_compressed(GOLDENS / f"{name}.npz", **stored)
         print(f"{name}: {sum(np.prod(shape) for shape in golden.shapes.values())} parameters")
 
 
@@ -27,8 +29,8 @@ def transformers_golden(name: str) -> Golden:
     """The family's tiny model run by Transformers, in float32 on the CPU."""
     model_type, options = FAMILIES[name]
     config = transformers.AutoConfig.for_model(model_type, **options)
-    config.architectures = [transformers.AutoModelForCausalLM._model_mapping[type(config)].__name__]
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    config.architectures = [type(model).__name__]
     model = model.float().eval()
     tied = set(model.all_tied_weights_keys)
     shapes = {
