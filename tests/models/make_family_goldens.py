@@ -1,48 +1,42 @@
-"""Writes the goldens of `families.py` with Transformers and PyTorch.
+"""Writes goldens/families.npz: each family's greedy tokens and logits under Transformers.
 
-PYTHONPATH=.:models python -m tests.models.make_family_goldens
+Needs torch and transformers; from the repository's root:
+
+    PYTHONPATH=.:models python -m tests.models.make_family_goldens
 """
 
 import json
-from typing import Any
+import pathlib
 
 import numpy as np
-import torch  # pyright: ignore[reportMissingImports]
-import transformers  # pyright: ignore[reportMissingImports]
 
-from tests.models.families import FAMILIES, GOLDENS, Golden, make_prompts, make_tensor
+from tests.helpers import NEAR_TIE
+from tests.models.families import FAMILIES, VOCAB_SIZE
+from tests.parity import transformers_side
+
+GOLDEN = pathlib.Path(__file__).parent / "goldens" / "families.npz"
+# The last one starts a step after the others and ends with them.
+LENGTHS = [(5, 8), (11, 8), (23, 6)]  # of prompts, and of what follows
 
 
 def main() -> None:
-    """Writes one file a family."""
-    GOLDENS.mkdir(parents=True, exist_ok=True)
-    for name in FAMILIES:
-        golden = transformers_golden(name)
-        about = {"config": golden.config, "shapes": golden.shapes, "prompts": golden.prompts}
-        logits = {f"logits{i}": each for i, each in enumerate(golden.logits)}
-        stored: dict[str, Any] = {"about": json.dumps(about), **logits}
-        np.savez_compressed(GOLDENS / f"{name}.npz", **stored)
-        print(f"{name}: {sum(np.prod(shape) for shape in golden.shapes.values())} parameters")
-
-
-def transformers_golden(name: str) -> Golden:
-    """The family's tiny model run by Transformers, in float32 on the CPU."""
-    model_type, options = FAMILIES[name]
-    config = transformers.AutoConfig.for_model(model_type, **options)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    config.architectures = [type(model).__name__]
-    model = model.float().eval()
-    tied = set(model.all_tied_weights_keys)
-    shapes = {
-        key: list(tensor.shape) for key, tensor in model.state_dict().items() if key not in tied
-    }
-    weights = {key: torch.tensor(make_tensor(key, shape)) for key, shape in shapes.items()}
-    model.load_state_dict(weights, strict=False)
-    model.tie_weights()
-    prompts = make_prompts(name, config.vocab_size)
-    with torch.no_grad():
-        logits = [model(torch.tensor([prompt])).logits[0].numpy() for prompt in prompts]
-    return Golden(config.to_dict(), shapes, prompts, logits)
+    arrays: dict[str, np.ndarray] = {}
+    about = {"made_with": dict(transformers_side.versions()), "shapes": {}}
+    for family in FAMILIES:
+        model = transformers_side.family_model(family)
+        about["shapes"][family] = transformers_side.tensor_shapes(model)
+        for index, (num_prompt, num_tokens) in enumerate(LENGTHS):
+            prompt = np.random.default_rng(index).integers(0, VOCAB_SIZE, num_prompt)
+            found = transformers_side.greedy(model, prompt.tolist(), num_tokens)
+            assert min(found.margins) > NEAR_TIE, f"{family}: choose other weights or prompts"
+            assert len(set(found.tokens)) > 2, f"{family}: repeats itself, which proves little"
+            key = f"{family}/{index}"
+            arrays[f"{key}/prompt"] = prompt.astype(np.int32)
+            arrays[f"{key}/tokens"] = np.asarray(found.tokens, np.int32)
+            arrays[f"{key}/logits"] = found.logits.astype(np.float32)
+    arrays["about"] = np.asarray(json.dumps(about))
+    np.savez_compressed(GOLDEN, **arrays)  # pyright: ignore[reportArgumentType]
+    print(f"{GOLDEN}: {GOLDEN.stat().st_size // 1024} KiB")
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ import json
 import pathlib
 
 import gguf
-import regex
-import transformers
+import regex  # pyright: ignore[reportMissingModuleSource]
+import transformers  # pyright: ignore[reportMissingImports]
 from tokenizers import pre_tokenizers
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.convert_slow_tokenizer import bytes_to_unicode  # pyright: ignore[reportMissingImports]
 
 GOLDEN = pathlib.Path(__file__).parent / "goldens" / "smollm2_tokenizer.json"
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
