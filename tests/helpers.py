@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from jpaged.buckets import Bucket
 from jpaged.config import EngineConfig
 from jpaged.devices import first_device
 from jpaged.engine import Engine
@@ -137,7 +138,22 @@ def make_engine(decoder: Decoder, **limits: int) -> Engine:
 
 @functools.cache
 def _tiny_runner() -> Runner:
-    return make_engine(tiny_decoder(seed=3)).runner
+    return compile_quickly(make_engine(tiny_decoder(seed=3))).runner
+
+
+def compile_quickly(engine: Engine) -> Engine:
+    """The engine, whose programs will be compiled in half the time and run slowly.
+
+    XLA's own passes stay as they are; LLVM's, which take most of the time, are left out.
+    """
+    runner = engine.runner
+
+    def compile_bucket(bucket: Bucket, outputs: Outputs = Outputs.TOKENS) -> jax.stages.Compiled:
+        lowered = runner.step.jitted(bucket, outputs).lower(*runner.step.specs(bucket))
+        return lowered.compile({"xla_backend_optimization_level": "0"})
+
+    runner.compile = compile_bucket
+    return engine
 
 
 def llm_over(engine: Engine, tokenizer: Tokenizer | None = None) -> LLM:

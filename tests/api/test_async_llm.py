@@ -62,15 +62,17 @@ def test_two_hundred_streams_half_of_them_cancelled_leave_no_block_held(
             return outputs[-1].outputs[0].finish_reason
 
         tasks = [asyncio.create_task(read(index)) for index in range(NUM_STREAMS)]
+        cancelled = set()
         for index in rng.sample(sorted(doomed), len(doomed)):
-            if (
-                rng.random() < 0.7
-            ):  # some before they are queued, some as they wait, some as they run
+            # Some before they are queued, some as they wait, some as they run.
+            if rng.random() < 0.7:
                 await asyncio.sleep(rng.random() * 0.01)
-            tasks[index].cancel()
+            if tasks[index].cancel():  # on a slow machine a few may have ended already
+                cancelled.add(index)
         results = await asyncio.gather(*tasks, return_exceptions=True)
-        assert {r for i, r in enumerate(results) if i not in doomed} == {"length"}
-        assert all(isinstance(results[index], asyncio.CancelledError) for index in doomed)
+        assert {r for i, r in enumerate(results) if i not in cancelled} == {"length"}
+        assert all(isinstance(results[index], asyncio.CancelledError) for index in cancelled)
+        assert len(cancelled) > NUM_STREAMS // 4
         await assert_nothing_held(llm)
 
     run(tiny_model_dir, main)

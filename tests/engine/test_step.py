@@ -46,7 +46,7 @@ class WarmEngine(NamedTuple):
 def warm() -> Iterator[WarmEngine]:
     events: list[str] = []
     # A program from the persistent cache is not compiled, and knows less about its memory.
-    was_enabled = jax.config.read("jax_enable_compilation_cache")
+    was_enabled = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)
 
     def listen(event: str, duration_secs: float, **_: str | int) -> None:

@@ -14,6 +14,7 @@ from jpaged_models.layers import RMSNorm, rotary_for, rotate
 from tests.helpers import (
     TOLERANCES,
     assert_close,
+    compile_quickly,
     generated,
     make_engine,
     make_request,
@@ -30,11 +31,11 @@ def golden() -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-def family_engine(golden: dict[str, np.ndarray], family: str, **limits: int) -> Engine:
+def family_engine(golden: dict[str, np.ndarray], family: str) -> Engine:
     shapes = json.loads(str(golden["about"]))["shapes"][family]
     checkpoint = seeded_checkpoint(family, {name: tuple(s) for name, s in shapes.items()})
     decoder = load_decoder(checkpoint, dtype=np.float32)
-    return make_engine(decoder, **{"max_num_seqs": 3, "max_model_len": 64} | limits)
+    return compile_quickly(make_engine(decoder, max_num_seqs=3, max_model_len=64))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -62,4 +63,4 @@ def test_a_wrong_shape_is_refused():
     norm = RMSNorm(7, eps=1e-5, dtype=np.float32)
     assert norm(jnp.ones((3, 7))).shape == (3, 7)
     with pytest.raises(jaxtyping.TypeCheckError):
-        rotate(jnp.ones((5, 3, 8)), rotary_for(jnp.arange(4), head_size=8, theta=1e4, scaling=None))
+        rotate(jnp.ones((5, 8)), rotary_for(jnp.arange(5), head_size=8, theta=1e4, scaling=None))

@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 import transformers  # pyright: ignore[reportMissingImports]
+from transformers.modeling_gguf_pytorch_utils import (  # pyright: ignore[reportMissingImports]
+    load_gguf_checkpoint,
+)
 
 from tests.models.families import FAMILIES, seeded_tensor
 
@@ -38,9 +41,16 @@ def tensor_shapes(model: Any) -> dict[str, tuple[int, ...]]:
 
 def packaged_model(gguf: pathlib.Path) -> Any:
     """The model of a GGUF file as Transformers itself reads and dequantises it, in float32."""
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32
-    ).eval()
+    config = transformers.AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    config._attn_implementation = "eager"
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    # `from_pretrained` does the same, and asks for one more package.
+    tensors = load_gguf_checkpoint(str(gguf), return_tensors=True, model_to_load=model)["tensors"]
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    assert set(missing) <= {"lm_head.weight"}, missing
+    assert not unexpected, unexpected
+    model.tie_weights()
+    return model
 
 
 def greedy(model: Any, prompt: Sequence[int], num_tokens: int) -> Greedy:
