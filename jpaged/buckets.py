@@ -8,7 +8,7 @@ from jpaged_models import Phase
 
 # Each program takes seconds to compile, and a padded row costs little beside reading the weights:
 # on a 2-core CPU a step of 2 to 8 rows takes the same time.
-_DECODE_ROWS = (1, 8, 16, 32, 64, 128, 256)
+_DECODE_ROWS = (1, 8, 16, 32, 48, 64, 128, 256)
 _MIXED_TOKENS = (64, 256, 1024)
 
 
