@@ -31,7 +31,7 @@ test-kernels: $(VENV)/installed-dev
 
 test-parity: $(PARITY_VENV)/installed
 	@echo "== parity with Transformers"
-	$(PARITY_VENV)/bin/python -m pytest -q -m parity tests/parity
+	$(PARITY_VENV)/bin/python -m pytest -q tests/parity tests/models tests/benchmarks
 
 lint: $(VENV)/installed-dev
 	@echo "== ruff, pyright, import-linter"

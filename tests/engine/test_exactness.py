@@ -1,0 +1,97 @@
+"""The default model against goldens of Transformers, under limits that cut and shuffle its work.
+
+`tests/parity` runs every combination and more prompts, against Transformers itself.
+"""
+
+import pathlib
+
+import numpy as np
+import pytest
+
+from jpaged.engine import Engine
+from jpaged.requests import Request, Sequence
+from jpaged_models import Decoder, Tokenizer
+from tests.engine.prose import FEW_LENGTHS, TEXT, prompts_of
+from tests.helpers import (
+    NEAR_TIE,
+    TOLERANCES,
+    assert_greedy_tokens_agree,
+    make_engine,
+    make_request,
+    record_logits,
+    run_to_end,
+)
+
+# The first is the smallest budget, the second a pool so small that sequences are preempted, the
+# third takes most prompts whole.
+LIMITS = [
+    {"block_size": 8, "max_num_batched_tokens": 16, "num_blocks": 100},
+    {"block_size": 16, "max_num_batched_tokens": 64, "num_blocks": 25},
+    {"block_size": 32, "max_num_batched_tokens": 512, "num_blocks": 40},
+]
+
+
+@pytest.fixture(scope="module")
+def golden(smollm2_golden: pathlib.Path) -> dict[str, np.ndarray]:
+    with np.load(smollm2_golden) as arrays:
+        return dict(arrays)
+
+
+def golden_requests(golden: dict[str, np.ndarray]) -> list[Request]:
+    return [
+        make_request(golden[f"{index}/prompt"].tolist(), max_tokens=len(golden[f"{index}/tokens"]))
+        for index in range(len(FEW_LENGTHS))
+    ]
+
+
+def test_the_golden_prompts_are_pieces_of_the_text(
+    golden: dict[str, np.ndarray], smollm2_tokenizer: Tokenizer
+):
+    pieces = prompts_of(smollm2_tokenizer.encode(TEXT), FEW_LENGTHS)
+    assert [golden[f"{i}/prompt"].tolist() for i in range(len(FEW_LENGTHS))] == pieces
+
+
+@pytest.mark.parametrize("limits", LIMITS, ids=str)
+def test_logits_and_greedy_tokens_equal_those_of_transformers(
+    golden: dict[str, np.ndarray], smollm2_decoder: Decoder, limits: dict[str, int]
+):
+    engine = make_engine(smollm2_decoder, max_num_seqs=7, max_model_len=300, **limits)
+    requests = golden_requests(golden)
+    worst = watch_logits(engine, requests, golden)
+    run_to_end(engine, requests[::-1])  # the longest first, which takes most of the pool
+    assert (engine.stats().preemptions > 0) == (limits["num_blocks"] == 25)
+    assert_greedy_tokens_agree(
+        [request.sequences[0].output_token_ids for request in requests],
+        [golden[f"{index}/tokens"].tolist() for index in range(len(requests))],
+        [golden[f"{index}/margins"].tolist() for index in range(len(requests))],
+    )
+    print(f"largest relative error of a logit: {max(worst.values()):.1e}")
+    assert max(worst.values()) <= TOLERANCES["float32"].logits, worst
+    assert len(worst) == len(requests)
+
+
+def test_no_golden_margin_is_a_near_tie(golden: dict[str, np.ndarray]):
+    for index in range(len(FEW_LENGTHS)):
+        assert golden[f"{index}/margins"].min() > NEAR_TIE
+
+
+def watch_logits(
+    engine: Engine, requests: list[Request], golden: dict[str, np.ndarray]
+) -> dict[int, float]:
+    """From now on, the largest error of each request's logits, as a share of the largest logit."""
+    numbers = {request.sequences[0]: index for index, request in enumerate(requests)}
+    worst: dict[int, float] = {}
+
+    def record(sequence: Sequence, start: int, logits: np.ndarray) -> None:
+        index = numbers[sequence]
+        rows = slice(start, start + len(logits))
+        expected, largest = golden[f"{index}/logits"][rows], golden[f"{index}/largest"][rows]
+        found = np.concatenate(
+            [logits[:, golden["shown_ids"]], np.abs(logits).max(axis=-1)[:, None]], axis=1
+        )
+        expected = np.concatenate([expected, largest[:, None]], axis=1)
+        error = np.max(np.abs(found - expected) / largest[:, None])
+        worst[index] = max(worst.get(index, 0.0), float(error))
+
+    record_logits(engine, record)
+    return worst
