@@ -60,7 +60,7 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(VENV)/bin/python -m pip install --quiet --editable ".[dev,tpu-aot]"
 	touch $@
 
-$(PARITY_VENV)/installed: pyproject.toml
+$(PARITY_VENV)/installed: pyproject.toml Makefile
 	@echo "== creating $(PARITY_VENV): jpaged with Transformers and PyTorch (once)"
 	$(PYTHON) -m venv $(PARITY_VENV)
 	$(PARITY_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip

@@ -5,7 +5,6 @@ LENGTHS = (
     *(127, 128, 129, 180, 200, 255, 256, 257, 300, 400, 499, 500),
 )
 FEW_LENGTHS = (1, 7, 16, 33, 64, 129, 260)  # for `make test`
-LENGTHS_OF_ALL = tuple(sorted({*LENGTHS, *FEW_LENGTHS}))
 
 
 def prompts_of(token_ids: list[int], lengths: tuple[int, ...]) -> list[list[int]]:

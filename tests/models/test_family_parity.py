@@ -10,7 +10,7 @@ import pytest
 
 from jpaged.engine import Engine
 from jpaged_models import load_decoder
-from jpaged_models.layers import RMSNorm, rotary_for, rotate
+from jpaged_models.layers import rotary_for, rotate
 from tests.helpers import (
     TOLERANCES,
     assert_close,
@@ -60,7 +60,7 @@ def test_goldens_cover_every_family_and_no_other(golden: dict[str, np.ndarray]):
 
 
 def test_a_wrong_shape_is_refused():
-    norm = RMSNorm(7, eps=1e-5, dtype=np.float32)
-    assert norm(jnp.ones((3, 7))).shape == (3, 7)
-    with pytest.raises(jaxtyping.TypeCheckError):
-        rotate(jnp.ones((5, 8)), rotary_for(jnp.arange(5), head_size=8, theta=1e4, scaling=None))
+    rotary = rotary_for(jnp.arange(5), head_size=8, theta=1e4, scaling=None)
+    assert rotate(jnp.ones((5, 3, 8)), rotary).shape == (5, 3, 8)
+    with pytest.raises(jaxtyping.TypeCheckError):  # no axis of heads
+        rotate(jnp.ones((5, 8)), rotary)
