@@ -68,7 +68,8 @@ class Engine:
     def _give_up(self, plan: StepPlan, error: Exception) -> list[Sequence]:
         """Counts the failure against each request of the plan; ends those that failed before."""
         hopeless: list[Request] = []
-        for request in {id(r := row.sequence.request): r for row in plan.rows}.values():
+        in_flight = {row.sequence.request.request_id: row.sequence.request for row in plan.rows}
+        for request in in_flight.values():
             request.num_failures += 1
             if request.num_failures >= MAX_FAILURES:
                 hopeless.append(request)
@@ -102,7 +103,7 @@ def _row_logprobs(
     if wanted is None:
         return None
     entries = {token: (float(logprobs.sampled[i]), int(logprobs.rank[i]))}
-    for rank in range(wanted):
+    for rank in range(min(wanted, logprobs.top.shape[1])):  # a tiny vocabulary has fewer
         top_id, top = int(logprobs.top_ids[i, rank]), float(logprobs.top[i, rank])
         entries.setdefault(top_id, (top, rank + 1))
 
