@@ -7,6 +7,7 @@ import pytest
 
 from jpaged import devices, memory
 from jpaged_models import ModelConfig
+from tests.helpers import tiny_config
 
 
 @dataclasses.dataclass
@@ -91,27 +92,6 @@ def test_plugin_that_does_not_fit_is_an_error_and_not_a_silent_cpu(tmp_path, mon
 
 @pytest.fixture
 def small_config() -> ModelConfig:
-    return ModelConfig(
-        architecture="LlamaForCausalLM",
-        vocab_size=50,
-        hidden_size=64,
-        intermediate_size=96,
-        num_layers=3,
-        num_heads=4,
-        num_kv_heads=2,
-        head_size=16,
-        max_position_embeddings=128,
-        norm_eps=1e-5,
-        rope_theta=1e4,
-        rope_scaling=None,
-        tie_word_embeddings=True,
-        qkv_bias=False,
-        output_bias=False,
-        mlp_bias=False,
-        qk_norm=False,
-        activation="silu",
-        layer_windows=(None, None, None),
-        dtype="float32",
-        bos_token_id=None,
-        eos_token_ids=(),
+    return tiny_config(
+        num_layers=3, num_heads=4, num_kv_heads=2, head_size=16, layer_windows=(None,) * 3
     )
