@@ -36,7 +36,8 @@ class LLM:
         max_num_batched_tokens: tokens a step; 256 on a CPU, else 2048.
         max_model_len: the longest prompt and answer together; the model's, at most 8192.
         seed: of the seeds drawn for requests that bring none.
-        attention_backend: "auto", "xla", "reference", "pallas-tpu" or "pallas-tpu-interpret".
+        attention_backend: "auto", "cpu", "xla", "pallas-tpu" and, for tests, "reference" and
+            "pallas-tpu-interpret".
         warm_up: compile every common program now; otherwise each when it is first needed.
         use_tqdm: whether loading and warm-up show their progress.
 

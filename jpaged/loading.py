@@ -17,7 +17,7 @@ from jpaged.runner import Runner
 from jpaged.scheduler import Scheduler
 from jpaged.step import Step
 from jpaged_models import Checkpoint, Decoder, Tokenizer, load_decoder, open_checkpoint
-from pallas_kernels import Backend, default_backend
+from pallas_kernels import Backend, choose_backend
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LONGEST_DEFAULT = 8192  # a model's context may be far longer than anyone here will use
@@ -51,7 +51,7 @@ def build_engine(
         raise ValueError(f"memory_fraction must be above 0 and at most 1, got {memory_fraction}")
     device = first_device()
     enable_cache()
-    backend = _backend(attention_backend, device)
+    backend = choose_backend(attention_backend, device.platform)
     checkpoint = open_checkpoint(model, revision=revision)
     on_cpu = device.platform == "cpu"
     longest = checkpoint.config.max_position_embeddings
@@ -140,16 +140,6 @@ def _with_pool(
         file=sys.stderr,
     )
     return dataclasses.replace(limits, num_blocks=num_blocks)
-
-
-def _backend(name: str, device: Device) -> Backend:
-    if name == "auto":
-        return default_backend(device.platform)
-    try:
-        return Backend(name)
-    except ValueError:
-        names = ["auto", *(backend.value for backend in Backend)]
-        raise ValueError(f"attention_backend must be one of {names}, got {name!r}") from None
 
 
 def _dtype(name: str, checkpoint: Checkpoint, device: Device) -> DTypeLike:

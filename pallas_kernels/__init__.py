@@ -2,6 +2,7 @@
 
 from pallas_kernels.dispatch import (
     Backend,
+    choose_backend,
     default_backend,
     paged_attention,
     paged_decode,
@@ -20,6 +21,7 @@ __all__ = [
     "NULL_BLOCK",
     "Backend",
     "PagedBatch",
+    "choose_backend",
     "default_backend",
     "paged_attention",
     "paged_decode",

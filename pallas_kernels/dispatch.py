@@ -1,12 +1,15 @@
 """The one place that chooses a backend."""
 
 import enum
+import sys
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import reference, xla
+from pallas_kernels.cpu import attention as cpu
+from pallas_kernels.cpu.build import BuildError
 from pallas_kernels.layout import PagedBatch
 from pallas_kernels.tpu import decode as tpu_decode
 
@@ -16,6 +19,7 @@ class Backend(enum.Enum):
 
     REFERENCE = "reference"
     XLA = "xla"
+    CPU = "cpu"  # C++ through jax.ffi, compiled on this machine
     PALLAS_TPU = "pallas-tpu"
     PALLAS_TPU_INTERPRET = "pallas-tpu-interpret"  # the TPU kernel simulated, for tests
 
@@ -23,7 +27,37 @@ class Backend(enum.Enum):
 def default_backend(platform: str | None = None) -> Backend:
     """The best backend of a platform ("tpu", "gpu", "cpu"; by default the first device's)."""
     platform = platform or jax.devices()[0].platform
+    if platform == "cpu":
+        try:
+            cpu.register()
+        except BuildError as reason:
+            print(f"jpaged: attention by xla, the CPU kernel is missing: {reason}", file=sys.stderr)
+        else:
+            return Backend.CPU
     return Backend.PALLAS_TPU if platform == "tpu" else Backend.XLA
+
+
+def choose_backend(name: str, platform: str) -> Backend:
+    """The backend of a name; "auto" is the platform's default.
+
+    Raises ValueError for a name that does not exist or cannot run on the platform.
+    """
+    if name == "auto":
+        return default_backend(platform)
+    try:
+        backend = Backend(name)
+    except ValueError:
+        names = ["auto", *(backend.value for backend in Backend)]
+        raise ValueError(f"attention_backend must be one of {names}, got {name!r}") from None
+    needed = {Backend.CPU: "cpu", Backend.PALLAS_TPU: "tpu"}.get(backend, platform)
+    if platform != needed:
+        raise ValueError(f"attention_backend={name!r} needs a {needed}, this is a {platform}")
+    if backend is Backend.CPU:
+        try:
+            cpu.register()
+        except BuildError as reason:
+            raise ValueError(f"attention_backend='cpu' cannot be compiled: {reason}") from reason
+    return backend
 
 
 def paged_decode(
@@ -49,8 +83,8 @@ def paged_decode(
         return tpu_decode.paged_decode(
             q, pool, block_tables, seq_lens, interpret=interpret, **options
         )
-    decode = reference.paged_decode if backend is Backend.REFERENCE else xla.paged_decode
-    return decode(q, pool, block_tables, seq_lens, **options)
+    module = {Backend.REFERENCE: reference, Backend.XLA: xla, Backend.CPU: cpu}[backend]
+    return module.paged_decode(q, pool, block_tables, seq_lens, **options)
 
 
 def paged_attention(
@@ -65,25 +99,17 @@ def paged_attention(
 ) -> Float[Array, "T N H"]:
     """Causal attention over the pool of a ragged batch (`PagedBatch` says how it is laid out).
 
-    The T axis is at least as long as the B axis. Rows of one token go to `paged_decode`'s kernel.
+    The T axis is at least as long as the B axis. Where no kernel takes ragged rows, rows of one
+    token go to `paged_decode`'s.
     """
-    if backend is Backend.REFERENCE:
-        return reference.paged_attention(
-            q, pool, batch, scale=scale, window=window, soft_cap=soft_cap
-        )
+    options = {"scale": scale, "window": window, "soft_cap": soft_cap}
+    if backend in (Backend.REFERENCE, Backend.CPU):
+        module = reference if backend is Backend.REFERENCE else cpu
+        return module.paged_attention(q, pool, batch, **options)
     B = batch.seq_lens.shape[0]
     decode_lens = jnp.where(jnp.arange(B) < batch.num_decodes, batch.seq_lens, 0)
-    decoded = paged_decode(
-        q[:B],
-        pool,
-        batch.block_tables,
-        decode_lens,
-        scale=scale,
-        window=window,
-        soft_cap=soft_cap,
-        backend=backend,
-    )
-    return xla.paged_prefill(q, pool, batch, decoded, scale=scale, window=window, soft_cap=soft_cap)
+    decoded = paged_decode(q[:B], pool, batch.block_tables, decode_lens, backend=backend, **options)
+    return xla.paged_prefill(q, pool, batch, decoded, **options)
 
 
 def write_kv(

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Int32
 
 NULL_BLOCK = 0  # padding reads and writes land here; never allocated
 MASKED = -1e30  # finite: with -inf, a row that sees nothing becomes NaN
@@ -67,8 +67,3 @@ def slots_of_tokens(
     blocks_T = batch.block_tables.at[rows, columns_T].get(mode="fill", fill_value=NULL_BLOCK)
     slots_T = blocks_T * block_size + positions % block_size
     return jnp.where(positions >= 0, slots_T, NULL_BLOCK)
-
-
-def pad_lanes(q: Float[Array, "*dims H"]) -> Float[Array, "*dims W"]:
-    """A query widened to the pool's 2H lanes by zeros: its product with a row of K|V is q·k."""
-    return jnp.pad(q, [(0, 0)] * (q.ndim - 1) + [(0, q.shape[-1])])

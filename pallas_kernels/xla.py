@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels.layout import MASKED, PagedBatch, pad_lanes
+from pallas_kernels.layout import MASKED, PagedBatch
 
 # Rows and tokens of a tile: rows x tokens x K x 2H x 4 bytes should stay inside a core's L2 cache;
 # at 3 KV heads of size 64, 8 rows of 128 tokens are 1.5 MB.
@@ -50,8 +50,7 @@ def paged_decode(
     rows = min(B, DECODE_ROWS)
     groups = math.ceil(B / rows)
     padding = groups * rows - B
-    q_groups = pad_lanes(q).reshape(B, K, N // K, 2 * H)
-    q_groups = jnp.pad(q_groups, [(0, padding), (0, 0), (0, 0), (0, 0)])
+    q_groups = jnp.pad(q.reshape(B, K, N // K, H), [(0, padding), (0, 0), (0, 0), (0, 0)])
     tables = jnp.pad(block_tables, [(0, padding), (0, 0)])
     lens = jnp.pad(seq_lens, [(0, padding)])
 
@@ -74,7 +73,7 @@ def paged_decode(
 
 
 def _decode_group(
-    q: Float[Array, "B K G W"],
+    q: Float[Array, "B K G H"],
     pool: Float[Array, "P K S W"],
     tables: Int32[Array, "B M"],
     lens: Int32[Array, " B"],
@@ -83,7 +82,7 @@ def _decode_group(
     soft_cap: float | None,
 ) -> Float[Array, "B K G H"]:
     """One group of rows against its blocks, a tile of block columns a turn."""
-    B, K, G, W = q.shape
+    B, K, G, H = q.shape
     S = pool.shape[2]
     columns = max(1, DECODE_TOKENS // S)
     tokens = columns * S
@@ -94,26 +93,25 @@ def _decode_group(
     def walk(tile: Int32[Array, ""], state: Softmax) -> Softmax:
         blocks_BM = jax.lax.dynamic_slice_in_dim(tables, tile * columns, columns, axis=1)
         # Heads are part of the index, so that the gather itself puts them before the tokens.
-        kv = pool[blocks_BM[:, None, :], heads_K[None, :, None]].reshape(B, K, tokens, W)
+        kv = pool[blocks_BM[:, None, :], heads_K[None, :, None]].reshape(B, K, tokens, 2 * H)
         positions_C = tile * tokens + jnp.arange(tokens)
         visible_BC = positions_C[None, :] < lens[:, None]
         kv = jnp.where(visible_BC[:, None, :, None], kv, 0)  # unused slots may hold NaN
         if window is not None:
             visible_BC &= positions_C[None, :] >= lens[:, None] - window
-        # The query's upper lanes are zero, and the values come out in the upper lanes: no K or V
-        # is ever sliced out of the tile, which would copy it.
-        return _absorb(state, q, kv, kv, visible_BC[:, None, None, :], scale, soft_cap)
+        keys, values = kv[..., :H], kv[..., H:]
+        return _absorb(state, q, keys, values, visible_BC[:, None, None, :], scale, soft_cap)
 
     state = Softmax(
         jnp.full((B, K, G, 1), MASKED, jnp.float32),
         jnp.zeros((B, K, G, 1), jnp.float32),
-        jnp.zeros((B, K, G, W), jnp.float32),
+        jnp.zeros((B, K, G, H), jnp.float32),
     )
     first = jnp.int32(0)
     if window is not None:
         first = jnp.maximum(jnp.min(jnp.where(lens > 0, lens, jnp.max(lens))) - window, 0) // tokens
     state = jax.lax.fori_loop(first, -(-jnp.max(lens) // tokens), walk, state)
-    return _finish(state).astype(q.dtype)[..., W // 2 :]
+    return _finish(state).astype(q.dtype)
 
 
 def paged_prefill(
@@ -190,7 +188,7 @@ def _prefill_tile(
         visible_QC = context_C[None, :] <= jnp.minimum(positions_Q, last)[:, None]
         if window is not None:
             visible_QC &= context_C[None, :] > positions_Q[:, None] - window
-        keys, values = kv[..., :H], kv[..., H:]  # many queries: a copy is cheaper than 2H lanes
+        keys, values = kv[..., :H], kv[..., H:]
         return _absorb(state, q_KQH, keys, values, visible_QC[None], scale, soft_cap)
 
     state = Softmax(

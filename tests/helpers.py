@@ -117,7 +117,7 @@ LIMITS = {
 }
 
 
-def make_engine(decoder: Decoder, **limits: int) -> Engine:
+def make_engine(decoder: Decoder, *, backend: Backend = Backend.XLA, **limits: int) -> Engine:
     """An engine with a float32 pool on the first device; nothing is compiled yet.
 
     It has one program for decode steps and one for all others.
@@ -127,7 +127,7 @@ def make_engine(decoder: Decoder, **limits: int) -> Engine:
         None,
         EngineConfig(**LIMITS | limits),
         pool_dtype=np.float32,
-        backend=Backend.XLA,
+        backend=backend,
         device=first_device(),
         memory_fraction=None,
     )

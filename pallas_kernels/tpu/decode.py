@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.layout import MASKED, pad_lanes
+from pallas_kernels.layout import MASKED
 
 NUM_BUFFERS = 2  # one tile is computed on while the next one arrives
 MIN_GROUP = 8  # queries of a head, padded: a register has 8 sublanes
@@ -43,7 +43,9 @@ def paged_decode(
     B, N, H = q.shape
     _, K, _, W = pool.shape
     G = N // K
-    q_BKGW = pad_lanes(q.astype(pool.dtype)).reshape(B, K, G, W)
+    # Widened by zeros to the pool's lanes: its product with a row of K|V is then q.k.
+    q_BNW = jnp.pad(q.astype(pool.dtype), [(0, 0), (0, 0), (0, W - H)])
+    q_BKGW = q_BNW.reshape(B, K, G, W)
     q_BKGW = jnp.pad(q_BKGW, [(0, 0), (0, 0), (0, -G % MIN_GROUP), (0, 0)])
     out_BKGW = _decode_call(
         seq_lens,

@@ -11,6 +11,7 @@ import pytest
 from jpaged.engine import Engine
 from jpaged.requests import Request, Sequence
 from jpaged_models import Decoder, Tokenizer
+from pallas_kernels import Backend, default_backend
 from tests.engine.prose import FEW_LENGTHS, TEXT, prompts_of
 from tests.helpers import (
     NEAR_TIE,
@@ -52,10 +53,13 @@ def test_the_golden_prompts_are_pieces_of_the_text(
 
 
 @pytest.mark.parametrize("limits", LIMITS, ids=str)
+@pytest.mark.parametrize("backend", sorted({Backend.XLA.value, default_backend().value}))
 def test_logits_and_greedy_tokens_equal_those_of_transformers(
-    golden: dict[str, np.ndarray], smollm2_decoder: Decoder, limits: dict[str, int]
+    golden: dict[str, np.ndarray], smollm2_decoder: Decoder, backend: str, limits: dict[str, int]
 ):
-    engine = make_engine(smollm2_decoder, max_num_seqs=7, max_model_len=300, **limits)
+    engine = make_engine(
+        smollm2_decoder, backend=Backend(backend), max_num_seqs=7, max_model_len=300, **limits
+    )
     requests = golden_requests(golden)
     worst = watch_logits(engine, requests, golden)
     run_to_end(engine, requests[::-1])  # the longest first, which takes most of the pool

@@ -15,7 +15,7 @@ from jpaged.batch import MAX_STOP_IDS
 from jpaged.engine import Engine
 from jpaged.plan import StepPlan
 from jpaged.requests import Request
-from jpaged.sampling import filter_logits, noise, sample
+from jpaged.sampling import argmax, filter_logits, noise, sample
 from jpaged.state import SamplingRows
 from jpaged.step import Outputs, StepOutput
 from tests.helpers import (
@@ -135,6 +135,12 @@ def test_filters_keep_exactly_what_the_definition_keeps(
 
 
 _filter = jax.jit(filter_logits)
+
+
+@pytest.mark.parametrize("vocab_size", [1, 127, 128, 129, 700])
+def test_argmax_is_the_first_of_the_highest(vocab_size: int):
+    x = np.random.default_rng(vocab_size).integers(0, 9, (40, vocab_size)).astype(np.float32)
+    np.testing.assert_array_equal(argmax(jnp.asarray(x - 5)), np.argmax(x, axis=-1))
 
 
 def test_ties_at_a_threshold_all_stay():

@@ -15,6 +15,7 @@ from jpaged.engine import Engine
 from jpaged.requests import Request, Sequence
 from jpaged_models import Checkpoint, Decoder, Tokenizer
 from jpaged_models.weights import hub
+from pallas_kernels import Backend, default_backend
 from tests.engine.prose import LENGTHS, TEXT, prompts_of
 from tests.helpers import (
     TOLERANCES,
@@ -33,8 +34,9 @@ transformers_side = pytest.importorskip(
 NUM_TOKENS = 16
 MAX_MODEL_LEN = 528
 BLOCK_SIZES, BUDGETS = (8, 16, 32), (16, 64, 512)
-# Logits at every position where each block size and each budget comes once, and with a pool so
-# small that sequences are preempted; tokens alone in the other combinations.
+# Logits at every position, by the default attention, where each block size and each budget comes
+# once, and with a pool so small that sequences are preempted; in the other combinations tokens
+# alone, by `xla`.
 WITH_LOGITS = [(8, 64, None), (16, 512, None), (32, 16, None), (8, 64, 86)]
 TOKENS_ALONE = [
     (block_size, budget, None)
@@ -69,7 +71,9 @@ def test_teacher_forced_logits_and_tokens_equal_those_of_transformers(
     budget: int,
     num_blocks: int | None,
 ):
-    engine, requests = prepare(smollm2_decoder, prompts, block_size, budget, num_blocks)
+    engine, requests = prepare(
+        smollm2_decoder, prompts, block_size, budget, num_blocks, default_backend()
+    )
     errors = watch_logits(engine, requests, expected)
     run_and_compare(engine, requests, expected)
     assert (engine.stats().preemptions > 0) == (num_blocks is not None)
@@ -86,7 +90,9 @@ def test_free_running_tokens_equal_those_of_transformers(
     budget: int,
     num_blocks: int | None,
 ):
-    engine, requests = prepare(smollm2_decoder, prompts, block_size, budget, num_blocks)
+    engine, requests = prepare(
+        smollm2_decoder, prompts, block_size, budget, num_blocks, Backend.XLA
+    )
     run_and_compare(engine, requests, expected)
 
 
@@ -114,10 +120,12 @@ def prepare(
     block_size: int,
     budget: int,
     num_blocks: int | None,
+    backend: Backend,
 ) -> tuple[Engine, list[Request]]:
     """An engine with room for every prompt at once, or with `num_blocks`; and the requests."""
     engine = make_engine(
         decoder,
+        backend=backend,
         block_size=block_size,
         max_num_batched_tokens=budget,
         num_blocks=num_blocks or 1 + 32 * MAX_MODEL_LEN // block_size,

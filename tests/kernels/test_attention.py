@@ -1,4 +1,4 @@
-"""Attention over the pool on a CPU: NumPy's dense attention == `reference` == `xla`.
+"""Attention over the pool on a CPU: NumPy's dense attention == every backend that runs here.
 
 Slots that no row owns hold NaN, and nothing of it may come out.
 """
@@ -26,11 +26,25 @@ from pallas_kernels import (
     write_kv,
     xla,
 )
+from pallas_kernels.cpu.build import BuildError, library
 from tests.helpers import TOLERANCES, assert_close
 
 HEADS = [(6, 3, 16), (9, 3, 64), (4, 1, 32), (2, 2, 8)]
 OPTIONS = [{"window": 5}, {"soft_cap": 1.5}, {"window": 19, "soft_cap": 3.0}]
 SCALE = 0.3
+
+
+def _backends_here() -> list[Backend]:
+    """Those that run on a CPU; `cpu` where there is a C++ compiler."""
+    try:
+        library()
+    except BuildError:
+        return [Backend.REFERENCE, Backend.XLA]
+    return [Backend.REFERENCE, Backend.XLA, Backend.CPU]
+
+
+BACKENDS = _backends_here()
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +135,7 @@ def run(case: Case, backend: Backend, **options: Any) -> np.ndarray:
 
 def assert_backends_agree(case: Case, **options: Any) -> None:
     expected = dense(case, **options)[: case.batch.query_starts[-1]]
-    for backend in (Backend.REFERENCE, Backend.XLA):
+    for backend in BACKENDS:
         out = run(case, backend, **options)
         assert_close(out, expected, TOLERANCES["float32"].attention, backend.value)
 
@@ -145,6 +159,23 @@ def test_contexts_longer_than_a_tile_agree_with_dense_attention(block_size: int)
     case = make_case(rows, heads=(4, 1, 8), block_size=block_size)
     assert_backends_agree(case)
     assert_backends_agree(case, window=xla.DECODE_TOKENS + 11)
+
+
+@pytest.mark.parametrize("head_size", [8, 40, 64, 128])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_head_sizes_and_dtypes_of_the_pool_agree_with_dense_attention(head_size: int, dtype: str):
+    """The C++ kernel has code of its own for 64, for 128, for the others and for each dtype."""
+    case = make_case([(1, 150), (5, 21), (19, 19)], heads=(6, 2, head_size))
+    pool = case.pool.astype(jnp.bfloat16).astype(np.float32)
+    # What is in the pool is exact in both dtypes, so neither may add an error of its own.
+    contexts = [kv.astype(jnp.bfloat16).astype(np.float32) for kv in case.contexts]
+    exact = dataclasses.replace(case, pool=pool, contexts=contexts)
+    expected = dense(exact)[: case.batch.query_starts[-1]]
+    half = dataclasses.replace(exact, pool=pool.astype(dtype))
+    for backend in BACKENDS:
+        if backend is Backend.XLA and dtype == "bfloat16":
+            continue  # rounds the query to the pool's dtype, as a matrix unit wants it
+        assert_close(run(half, backend), expected, TOLERANCES["float32"].attention, backend.value)
 
 
 def test_more_decode_rows_than_a_group_agree_with_dense_attention():
@@ -172,7 +203,7 @@ def test_random_ragged_batches_agree_with_dense_attention(rows: list[tuple[int, 
     assert_backends_agree(padded)
 
 
-@pytest.mark.parametrize("backend", [Backend.REFERENCE, Backend.XLA])
+@each_backend
 @pytest.mark.parametrize("options", [{}, *OPTIONS[:1]], ids=str)
 def test_decode_is_attention_of_one_token_rows_and_empty_rows_give_zeros(
     backend: Backend, options: dict[str, Any]
@@ -195,7 +226,7 @@ def test_decode_is_attention_of_one_token_rows_and_empty_rows_give_zeros(
     np.testing.assert_array_equal(np.asarray(out)[np.asarray(empty) == 0], 0)
 
 
-@pytest.mark.parametrize("backend", [Backend.REFERENCE, Backend.XLA])
+@each_backend
 def test_a_row_does_not_depend_on_its_neighbours(backend: Backend):
     case = make_case([(6, 21), (9, 14), (5, 40)])
     batch = case.batch
@@ -206,7 +237,7 @@ def test_a_row_does_not_depend_on_its_neighbours(backend: Backend):
     assert_close(run(case, backend)[:6], expected, TOLERANCES["float32"].attention)
 
 
-@pytest.mark.parametrize("backend", [Backend.REFERENCE, Backend.XLA])
+@each_backend
 def test_write_kv_puts_each_token_in_its_slot_and_padding_in_the_null_block(backend: Backend):
     case = make_case([(1, 12), (5, 19)], block_size=8)
     T, (_, K, S, W) = len(case.q), case.pool.shape
@@ -232,18 +263,19 @@ def test_write_kv_puts_each_token_in_its_slot_and_padding_in_the_null_block(back
     np.testing.assert_array_equal(written, expected)
 
 
-def test_bfloat16_agrees_with_float32_within_its_tolerance():
+@each_backend
+def test_bfloat16_agrees_with_float32_within_its_tolerance(backend: Backend):
     case = make_case([(1, 17), (7, 23)])
     half = dataclasses.replace(
         case, q=case.q.astype(jnp.bfloat16), pool=case.pool.astype(jnp.bfloat16)
     )
-    out = run(half, Backend.XLA)
+    out = run(half, backend)
     assert out.dtype == jnp.bfloat16
     expected = dense(case)[: len(out)]
     assert_close(out.astype(np.float32), expected, TOLERANCES["bfloat16"].attention)
 
 
-@pytest.mark.parametrize("backend", [Backend.REFERENCE, Backend.XLA])
+@each_backend
 def test_a_wrong_shape_is_refused(backend: Backend):
     case = make_case([(1, 9), (4, 11)])
     options = {"scale": SCALE, "backend": backend}

@@ -1,0 +1,1 @@
+"""Attention over the pool in C++, called inside jit through `jax.ffi`."""

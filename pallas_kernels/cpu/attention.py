@@ -1,0 +1,64 @@
+"""The `cpu` backend: `paged_attention.cc` as a JAX function."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.cpu.build import library
+from pallas_kernels.layout import PagedBatch
+
+_TARGET = "jpaged_paged_attention"
+
+
+@functools.cache
+def register() -> None:
+    """Makes the compiled kernel known to XLA. Raises BuildError where there is none."""
+    handler = jax.ffi.pycapsule(getattr(library(), _TARGET))
+    jax.ffi.register_ffi_target(_TARGET, handler, platform="cpu")
+
+
+def paged_attention(
+    q: Float[Array, "T N H"],
+    pool: Float[Array, "P K S W"],
+    batch: PagedBatch,
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> Float[Array, "T N H"]:
+    """Causal attention of a ragged batch, decode rows and others alike."""
+    register()
+    if pool.dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(
+            f"the cpu backend needs a float32 or bfloat16 pool, got {pool.dtype}; use xla"
+        )
+    out = jax.ffi.ffi_call(_TARGET, jax.ShapeDtypeStruct(q.shape, jnp.float32))(
+        q.astype(jnp.float32),
+        pool,
+        batch.block_tables,
+        batch.query_starts,
+        batch.seq_lens,
+        scale=np.float32(scale),
+        window=np.int64(window or 0),
+        soft_cap=np.float32(soft_cap or 0),
+    )
+    return out.astype(q.dtype)
+
+
+def paged_decode(
+    q: Float[Array, "B N H"],
+    pool: Float[Array, "P K S W"],
+    block_tables: Int32[Array, "B M"],
+    seq_lens: Int32[Array, " B"],
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> Float[Array, "B N H"]:
+    """Attention of one query token a row; a row of length 0 gives zeros."""
+    starts = jnp.arange(q.shape[0] + 1, dtype=jnp.int32)
+    batch = PagedBatch(block_tables, starts, seq_lens, jnp.int32(q.shape[0]))
+    return paged_attention(q, pool, batch, scale=scale, window=window, soft_cap=soft_cap)
