@@ -25,6 +25,7 @@ from benchmarks.baseline import Baseline
 from benchmarks.measure import CompileLog, OthersShare, provenance
 from jpaged import LLM, SamplingParams
 from jpaged_models import Checkpoint, open_checkpoint
+from pallas_kernels import choose_backend
 
 
 def main() -> None:
@@ -48,7 +49,13 @@ def main() -> None:
                 f"{result['ratio_of_minima']:10.2f} " + ("" if share is None else f"{share:7.0%}"),
                 flush=True,
             )
-    report = {"benchmark": "step", "dtype": options.dtype, "model": checkpoint.source}
+    backend = choose_backend(options.attention_backend, jax.devices()[0].platform)
+    report = {
+        "benchmark": "step",
+        "dtype": options.dtype,
+        "model": checkpoint.source,
+        "attention": backend.value,
+    }
     print(json.dumps({**report, "results": results, **provenance()}))
 
 
@@ -64,6 +71,7 @@ def _options() -> argparse.Namespace:
     add("--batches", type=int, nargs="+", default=[1, 8, 32])
     add("--contexts", type=int, nargs="+", default=[300, 2000])
     add("--block-size", type=int, default=16)
+    add("--attention-backend", default="auto", help="of the paged side; xla is plain jax.numpy too")
     add("--rounds", type=int, default=5, help="the two sides take turns")
     add("--steps", type=int, default=8, help="steps of a turn")
     return parser.parse_args()
@@ -88,6 +96,7 @@ def _measure(
         max_num_seqs=batch,
         max_num_batched_tokens=batch * longest,  # all prompts are planned in one step
         max_model_len=longest,
+        attention_backend=options.attention_backend,
         warm_up=False,  # one program is all that is run
     ) as llm:
         baseline = Baseline(

@@ -5,7 +5,9 @@ python -m benchmarks.throughput [--trace lengths.csv]
 Both sides hold the same bytes of keys and values: those of --rows baseline rows that reserve
 --max-model-len tokens each. Prompts are random tokens, lengths of answers are forced, decoding is
 greedy. Beside the main ratio stands the one against rows that reserve only what these requests can
-need at most, and each side's ceiling: the same run with all the memory it could use.
+need at most, and each side's ceiling: the same run with all the memory it could use. The baseline
+is plain jax.numpy, so an engine whose attention is not also runs with that of `xla`: what is left
+of the ratio then is paging's own.
 """
 
 import argparse
@@ -25,6 +27,7 @@ from benchmarks.lengths import RequestLengths, random_prompts, sharegpt_lengths,
 from benchmarks.measure import CompileLog, Timing, interleaved, provenance
 from jpaged import LLM, SamplingParams
 from jpaged_models import Checkpoint, open_checkpoint
+from pallas_kernels import Backend, default_backend
 
 Outputs = list[list[int]]
 
@@ -44,6 +47,7 @@ class Side:
     name: str
     cache_bytes: int
     cache_dtype: DTypeLike
+    attention: str
     rows: int  # the most sequences that run at once
     generate: Callable[[Requests], Outputs]
 
@@ -119,11 +123,16 @@ def _requests(options: argparse.Namespace, vocab_size: int) -> Requests:
 def _paged_sides(options: argparse.Namespace) -> list[Side]:
     """The engine with as many blocks as the baseline's bytes buy, and with blocks for everyone."""
     longest = options.max_input + options.max_output
-    blocks = {"paged": options.rows * options.max_model_len // options.block_size}
+    equal = options.rows * options.max_model_len // options.block_size
+    best = default_backend()
+    shapes = {"paged": (equal, best)}
+    if best is not Backend.XLA:
+        shapes["paged xla"] = (equal, Backend.XLA)
     if not options.no_ceilings:
-        blocks["paged ceiling"] = options.max_num_seqs * -(-longest // options.block_size)
+        enough = options.max_num_seqs * -(-longest // options.block_size)
+        shapes["paged ceiling"] = (enough, best)
     sides = []
-    for name, num_usable in blocks.items():
+    for name, (num_usable, backend) in shapes.items():
         print(f"warming up {name}: {num_usable} blocks of {options.block_size}", file=sys.stderr)
         llm = LLM(
             options.model,
@@ -132,6 +141,7 @@ def _paged_sides(options: argparse.Namespace) -> list[Side]:
             num_blocks=num_usable + 1,  # the null block holds nothing
             max_num_seqs=options.max_num_seqs,
             max_model_len=options.max_model_len,
+            attention_backend=backend.value,
         )
 
         def generate(requests: Requests, llm: LLM = llm) -> Outputs:
@@ -149,6 +159,7 @@ def _paged_sides(options: argparse.Namespace) -> list[Side]:
                 rows=options.max_num_seqs,
                 cache_bytes=sum(layer.nbytes for layer in pool) * num_usable // (num_usable + 1),
                 cache_dtype=pool[0].dtype,
+                attention=backend.value,
                 generate=generate,
             )
         )
@@ -189,6 +200,7 @@ def _unpaged_sides(
                 rows=num_rows,
                 cache_bytes=baseline.cache_bytes,
                 cache_dtype=cache_dtype,
+                attention="jax.numpy",
                 generate=generate,
             )
         )
@@ -217,6 +229,7 @@ def _report(
         "sides": {
             side.name: {
                 "rows": side.rows,
+                "attention": side.attention,
                 "cache_mib": round(side.cache_bytes / 2**20, 1),
                 "tokens_per_s": round(rates[side.name], 1),
                 "seconds": [round(second, 2) for second in timings[side.name].seconds],
@@ -245,14 +258,14 @@ def _print_table(report: dict) -> None:
         f"{report['output_tokens']} output tokens, {report['lengths']}, {report['dtype']}"
     )
     print(
-        f"{'':16} {'rows':>5} {'KV MiB':>8} {'tokens/s':>9} {'of ceiling':>11} {'paged is':>9} "
+        f"{'':16} {'attention':>10} {'rows':>5} {'KV MiB':>8} {'tokens/s':>9} {'of ceiling':>11} {'paged is':>9} "
         f"{'same text':>10}"
     )
     for name, side in report["sides"].items():
         share = report["of_own_ceiling"].get(name)
         ratio = report["paged_over"].get(name)
         print(
-            f"{name:16} {side['rows']:5} {side['cache_mib']:8.1f} {side['tokens_per_s']:9.1f} "
+            f"{name:16} {side['attention']:>10} {side['rows']:5} {side['cache_mib']:8.1f} {side['tokens_per_s']:9.1f} "
             + (f"{share:11.0%} " if share else " " * 12)
             + (f"{ratio:8.2f}x {report['same_tokens'][name]:10.3f}" if ratio else "")
         )

@@ -37,8 +37,6 @@ class Runner:
         self.config = config
         self.buckets = buckets
         self.model = decoder.config
-        self.pool_dtype = pool_dtype
-        self.backend = backend
         self.step = Step(decoder, config, pool_dtype=pool_dtype, backend=backend)
         self.params = jax.tree.leaves(nnx.split(decoder)[1])
         self.programs: dict[tuple[Bucket, Outputs], jax.stages.Compiled] = {}

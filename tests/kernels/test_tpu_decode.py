@@ -15,8 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import TypeCheckError
 
 from pallas_kernels.tpu import decode
-
-TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}  # of the largest value
+from tests.helpers import TOLERANCES, assert_close
 
 
 class Case(NamedTuple):
@@ -102,8 +101,7 @@ def simulate(case: Case, *, tile_blocks: int | None = 2, **params: Any) -> Outco
 
 
 def check(case: Case, outcome: Outcome) -> None:
-    error = np.abs(outcome.out - case.expected).max()
-    assert error <= TOLERANCE[case.q.dtype.name] * np.abs(case.expected).max()
+    assert_close(outcome.out, case.expected, TOLERANCES[case.q.dtype.name].attention)
     assert not outcome.raced
 
 

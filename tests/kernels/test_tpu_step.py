@@ -8,13 +8,22 @@ import pytest
 from jpaged.buckets import Bucket
 from jpaged.config import EngineConfig
 from jpaged.step import Step
-from jpaged_models import ModelConfig, Phase, abstract_decoder
+from jpaged_models import Phase, abstract_decoder
 from pallas_kernels import Backend
+from tests.helpers import tiny_config
 from tests.kernels.tpu_topology import compile_for_tpu, missing_libtpu
 
-NUM_BLOCKS = (
-    32768  # a slab larger than the embedding and than VMEM, so that the bound says something
-)
+NUM_BLOCKS = 32768  # a slab larger than the embedding and than VMEM: the bound says something
+SMOLLM2 = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_heads": 9,
+    "num_kv_heads": 3,
+    "head_size": 64,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
 SLAB_BYTES = NUM_BLOCKS * 3 * 16 * 128 * 2  # one layer of the pool below
 
 pytestmark = pytest.mark.skipif(missing_libtpu() is not None, reason=str(missing_libtpu()))
@@ -22,7 +31,8 @@ pytestmark = pytest.mark.skipif(missing_libtpu() is not None, reason=str(missing
 
 def build_step(*, phase: str, num_tokens: int, num_rows: int, num_layers: int) -> tuple[Any, Any]:
     """The step of a network shaped like SmolLM2, without weights."""
-    decoder = abstract_decoder(_smollm2(num_layers), dtype=jnp.bfloat16)
+    config = tiny_config(**SMOLLM2, num_layers=num_layers, layer_windows=(None,) * num_layers)
+    decoder = abstract_decoder(config, dtype=jnp.bfloat16)
     limits = EngineConfig(
         block_size=16,
         num_blocks=NUM_BLOCKS,
@@ -50,30 +60,3 @@ def test_step_compiles_for_v5e_with_the_pool_in_place(bucket):
     assert compiled.alias_bytes >= 2 * SLAB_BYTES, "both layers' pools are updated in place"
     assert compiled.temporary_bytes < SLAB_BYTES
     assert compiled.hlo.count("tpu_custom_call") == 2, "the decode kernel runs once a layer"
-
-
-def _smollm2(num_layers: int) -> ModelConfig:
-    return ModelConfig(
-        architecture="LlamaForCausalLM",
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_layers=num_layers,
-        num_heads=9,
-        num_kv_heads=3,
-        head_size=64,
-        max_position_embeddings=8192,
-        norm_eps=1e-5,
-        rope_theta=1e5,
-        rope_scaling=None,
-        tie_word_embeddings=True,
-        qkv_bias=False,
-        output_bias=False,
-        mlp_bias=False,
-        qk_norm=False,
-        activation="silu",
-        layer_windows=(None,) * num_layers,
-        dtype="bfloat16",
-        bos_token_id=1,
-        eos_token_ids=(2,),
-    )
