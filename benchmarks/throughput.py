@@ -258,14 +258,15 @@ def _print_table(report: dict) -> None:
         f"{report['output_tokens']} output tokens, {report['lengths']}, {report['dtype']}"
     )
     print(
-        f"{'':16} {'attention':>10} {'rows':>5} {'KV MiB':>8} {'tokens/s':>9} {'of ceiling':>11} {'paged is':>9} "
-        f"{'same text':>10}"
+        f"{'':16} {'attention':>10} {'rows':>5} {'KV MiB':>8} {'tokens/s':>9} {'of ceiling':>11} "
+        f"{'paged is':>9} {'same text':>10}"
     )
     for name, side in report["sides"].items():
         share = report["of_own_ceiling"].get(name)
         ratio = report["paged_over"].get(name)
         print(
-            f"{name:16} {side['attention']:>10} {side['rows']:5} {side['cache_mib']:8.1f} {side['tokens_per_s']:9.1f} "
+            f"{name:16} {side['attention']:>10} {side['rows']:5} {side['cache_mib']:8.1f} "
+            + f"{side['tokens_per_s']:9.1f} "
             + (f"{share:11.0%} " if share else " " * 12)
             + (f"{ratio:8.2f}x {report['same_tokens'][name]:10.3f}" if ratio else "")
         )
