@@ -278,6 +278,13 @@ class LLM:
         self._news_lost = False
 
     def _forget(self, request_ids: list[str]) -> None:
+        """Ends the requests and drops their news, even if an interrupt cuts the first try short."""
+        try:
+            self._drop(request_ids)
+        finally:
+            self._drop(request_ids)
+
+    def _drop(self, request_ids: list[str]) -> None:
         for request_id in request_ids:
             self.engine.scheduler.abort(request_id)
             self._outputs.pop(request_id, None)
