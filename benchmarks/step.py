@@ -97,6 +97,7 @@ def _measure(
         max_num_batched_tokens=batch * longest,  # all prompts are planned in one step
         max_model_len=longest,
         attention_backend=options.attention_backend,
+        enable_prefix_caching=False,  # every row's prompt is the same
         warm_up=False,  # one program is all that is run
     ) as llm:
         baseline = Baseline(

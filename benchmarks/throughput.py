@@ -149,6 +149,7 @@ def _paged_sides(options: argparse.Namespace) -> list[Side]:
                 SamplingParams(temperature=0, max_tokens=limit, ignore_eos=True, detokenize=False)
                 for limit in requests.max_tokens
             ]
+            assert llm.reset_prefix_cache(), "an earlier round left its prompts"
             outputs = llm.generate(requests.prompts, params)
             return [list(output.outputs[0].token_ids) for output in outputs]
 

@@ -25,7 +25,8 @@ def batch_spec(bucket: Bucket, block_size: int) -> StepBatch:
 
     rows = sampling_spec(B)
     make: Any = StepBatch  # of specs here, of arrays elsewhere
-    return make(i32(T), i32(B + 1), i32(B), i32(1), i32(B), i32(B), i32(B), i32(U, 3), rows)
+    b = i32(B)
+    return make(i32(T), i32(B + 1), b, b, i32(1), b, b, b, i32(U, 3), rows)
 
 
 def sampling_spec(num_rows: int) -> SamplingRows:
@@ -64,37 +65,48 @@ def unpack_batch(packed: Int32[Array, " X"], bucket: Bucket, block_size: int) ->
     return jax.tree.unflatten(tree, arrays)
 
 
+def table_updates(plan: StepPlan) -> list[tuple[int, int, int]]:
+    """The (row, column, block id) entries that the device's tables lack."""
+    return [(row.row, column, block) for row in plan.rows for column, block in row.new_blocks]
+
+
 def pack_batch(
     plan: StepPlan,
     bucket: Bucket,
+    updates: list[tuple[int, int, int]],
     *,
     block_size: int,
     padding_row: int,
     eos_token_ids: tuple[int, ...],
 ) -> np.ndarray:
-    """The plan as one int32 vector: one transfer to the device a step."""
+    """The plan as one int32 vector: one transfer to the device a step.
+
+    `updates` are those of `table_updates` that are still to be made, as many as the bucket holds.
+    """
     spec = batch_spec(bucket, block_size)
     batch = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), spec)
     batch.table_updates[:, 0] = padding_row
     for ids in (batch.row_ids, batch.sampled_row_ids, batch.new_row_ids):
         ids[:] = padding_row
     batch.new_rows.stop_ids[:] = -1
-    token = update = 0
+    batch.table_updates[: len(updates)] = np.reshape(updates, (-1, 3))
+    token = 0
+    last_tokens = {}  # of each row
     for i, scheduled in enumerate(plan.rows):
         end = token + scheduled.num_tokens
         batch.tokens[token:end] = _tokens(scheduled)
         token = end
         batch.query_starts[i + 1] = end
-        batch.seq_lens[i] = scheduled.start + scheduled.num_tokens
+        batch.seq_lens[i] = scheduled.seq_len
+        last_tokens[scheduled.row] = end - 1
+        leads = scheduled.row if scheduled.forked is None else scheduled.forked
+        batch.logit_tokens[i] = last_tokens[leads]
         batch.row_ids[i] = scheduled.row
         if scheduled.samples:
             batch.sampled_row_ids[i] = scheduled.row
         if scheduled.is_new:
             batch.new_row_ids[i] = scheduled.row
             _fill_sampling(batch.new_rows, i, scheduled, eos_token_ids)
-        for column, block in scheduled.new_blocks:
-            batch.table_updates[update] = scheduled.row, column, block
-            update += 1
     batch.query_starts[len(plan.rows) + 1 :] = token
     batch.num_decodes[0] = plan.num_decodes
     return np.concatenate([leaf.reshape(-1).view(np.int32) for leaf in jax.tree.leaves(batch)])

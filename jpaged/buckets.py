@@ -1,6 +1,5 @@
 """The padded shapes for which steps are compiled: a short ladder, so that warm-up is short too."""
 
-import bisect
 import dataclasses
 
 from jpaged.plan import StepPlan
@@ -8,7 +7,8 @@ from jpaged_models import Phase
 
 # Each program takes seconds to compile, and a padded row costs little beside reading the weights:
 # on a 2-core CPU a step of 2 to 8 rows takes the same time.
-_DECODE_ROWS = (1, 8, 16, 32, 48, 64, 128, 256)
+_FEW_DECODE_ROWS = (1, 8, 16, 32, 48, 64)
+_MANY_DECODE_ROWS = (1, 8, 16, 32, 64, 128, 256)  # there are more mixed shapes then
 _MIXED_TOKENS = (64, 256, 1024)
 
 
@@ -31,7 +31,8 @@ class Buckets:
 
     def __init__(self, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
         max_rows = min(max_num_seqs, max_num_batched_tokens)
-        self.decode = [Bucket(Phase.DECODE, n, n) for n in _ladder(_DECODE_ROWS, max_rows)]
+        steps = _FEW_DECODE_ROWS if max_rows <= 64 else _MANY_DECODE_ROWS
+        self.decode = [Bucket(Phase.DECODE, n, n) for n in _ladder(steps, max_rows)]
         self.mixed = [
             Bucket(Phase.MIXED, n, min(n, max_rows))
             for n in _ladder(_MIXED_TOKENS, max_num_batched_tokens)
@@ -46,8 +47,12 @@ class Buckets:
         """The smallest bucket that holds the plan."""
         is_decode = plan.num_decodes == len(plan.rows)
         ladder = self.decode if is_decode else self.mixed
-        sizes = [bucket.num_tokens for bucket in ladder]
-        return ladder[bisect.bisect_left(sizes, plan.num_tokens)]
+        # Forks are rows without tokens, so that there may be more rows than tokens.
+        return next(
+            bucket
+            for bucket in ladder
+            if bucket.num_tokens >= plan.num_tokens and bucket.num_rows >= len(plan.rows)
+        )
 
 
 def _ladder(steps: tuple[int, ...], top: int) -> list[int]:

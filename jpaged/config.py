@@ -26,9 +26,16 @@ class EngineConfig:
     max_num_batched_tokens: int
     max_model_len: int
     max_num_waiting: int = 65_536  # sequences; a queue without end hides an overload
+    enable_prefix_caching: bool = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.enable_prefix_caching, bool):
+            raise TypeError(
+                f"enable_prefix_caching must be a bool, got {self.enable_prefix_caching!r}"
+            )
         for field in dataclasses.fields(self):
+            if field.name == "enable_prefix_caching":
+                continue
             least = 2 if field.name in ("num_blocks", "max_model_len") else 1
             value = checked_int(field.name, getattr(self, field.name), least=least)
             object.__setattr__(self, field.name, value)

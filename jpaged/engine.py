@@ -54,7 +54,7 @@ class Engine:
         """The figures of scheduler and runner at this moment."""
         runner = self.runner
         return collect_stats(
-            self.scheduler, compiles=len(runner.programs), lazy_compiles=runner.lazy_compiles
+            self.scheduler, compiles=runner.num_programs, lazy_compiles=runner.lazy_compiles
         )
 
     def _recover(self) -> list[Sequence]:

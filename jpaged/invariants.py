@@ -4,6 +4,7 @@ import collections
 
 from jpaged.blocks import NULL_BLOCK
 from jpaged.plan import StepPlan
+from jpaged.prefix_cache import chain_digests, root_digest
 from jpaged.scheduler import Scheduler
 
 
@@ -15,6 +16,7 @@ def check(scheduler: Scheduler, plan: StepPlan | None = None) -> None:
     _check_sequences(scheduler)
     _check_rows(scheduler)
     _check_blocks(scheduler)
+    _check_contents(scheduler)
     _check_tables(scheduler, plan)
     if plan is not None:
         _check_plan(scheduler, plan)
@@ -41,7 +43,30 @@ def _check_blocks(scheduler: Scheduler) -> None:
             holders[block] == count,
             f"2: block {block} has count {count} and stands in {holders[block]} tables",
         )
-        _require(count <= 1, f"3: block {block} is shared, and nothing shares yet")
+    cached = {block for block in free if block in pool.cache}
+    _require(pool.num_cached == len(cached), f"1: {pool.num_cached} cached blocks, not {cached}")
+    _require(
+        free[len(free) - len(cached) :] == tuple(b for b in free if b in cached),
+        f"1: a cached block would be given out before a blank one: {free}",
+    )
+    for name, holder in pool.cache.items():
+        _require(name == pool.cache.digest_of(holder), f"4: two digests for block {holder}")
+
+
+def _check_contents(scheduler: Scheduler) -> None:
+    """Registered blocks of live tables hold the tokens that their digests stand for."""
+    size, cache = scheduler.config.block_size, scheduler.pool.cache
+    for sequence in scheduler.running:
+        for index, block in enumerate(sequence.block_ids):
+            digest = cache.digest_of(block)
+            if digest is None:
+                continue
+            known = sequence.token_ids[: (index + 1) * size]
+            chain = chain_digests(root_digest(sequence.request.params.cache_salt), known, size)
+            _require(
+                len(chain) > index and chain[index] == digest,
+                f"4: block {block} is registered for other tokens than {known[index * size :]}",
+            )
 
 
 def _check_tables(scheduler: Scheduler, plan: StepPlan | None) -> None:
@@ -68,7 +93,13 @@ def _check_tables(scheduler: Scheduler, plan: StepPlan | None) -> None:
 def _check_plan(scheduler: Scheduler, plan: StepPlan) -> None:
     config = scheduler.config
     lengths = [row.num_tokens for row in plan.rows]
-    _require(bool(lengths) and min(lengths) > 0, f"6: a step of {lengths} makes no progress")
+    forked = [row for row in plan.rows if row.forked is not None]
+    _require(sum(lengths) > 0, f"6: a step of {lengths} makes no progress")
+    _require(
+        [row.num_tokens > 0 for row in plan.rows]
+        == [True] * (len(lengths) - len(forked)) + [False] * len(forked),
+        f"6: forks, and only they, have no token and stand last: {lengths}",
+    )
     _require(plan.num_tokens == sum(lengths), f"6: num_tokens is {plan.num_tokens}")
     _require(
         plan.num_tokens <= config.max_num_batched_tokens,
@@ -85,12 +116,35 @@ def _check_plan(scheduler: Scheduler, plan: StepPlan) -> None:
         if sequence.finished:  # aborted since
             continue
         _require(sequence.row == row.row, f"6: the sequence moved from row {row.row}")
-        _require(sequence.num_computed_tokens == row.start, f"6: the row starts at {row.start}")
+        start = 0 if row.forked is not None else row.start
+        _require(sequence.num_computed_tokens == start, f"6: the row starts at {row.start}")
         _require(row.samples == (row.seq_len == sequence.num_tokens), "6: wrong about sampling")
         _require(
-            all(sequence.block_ids[column] == block for column, block in row.new_blocks),
+            set(row.new_blocks) <= set(enumerate(sequence.block_ids)),
             f"5: the new blocks {row.new_blocks} are not those of {sequence.block_ids}",
         )
+    _check_writes(scheduler, plan)
+
+
+def _check_writes(scheduler: Scheduler, plan: StepPlan) -> None:
+    """No block is written that anybody shared, or could hit, before this step."""
+    size, cache = scheduler.config.block_size, scheduler.pool.cache
+    old_holders = collections.Counter(
+        block
+        for row in plan.rows
+        if not row.is_new and not row.sequence.finished
+        for block in row.sequence.block_ids
+    )
+    for row in plan.rows:
+        sequence = row.sequence
+        if not row.num_tokens or sequence.finished:
+            continue
+        for block in sequence.block_ids[row.start // size : (row.seq_len - 1) // size + 1]:
+            others = old_holders[block] - (not row.is_new)
+            _require(others == 0, f"3: block {block} is written, and {others} others held it")
+            _require(cache.is_unsettled(block), f"3: block {block} is written and registered")
+    written = [destination for _, destination in plan.copies]
+    _require(len(set(written)) == len(written), f"3: two copies go to one block: {plan.copies}")
 
 
 def _check_rows(scheduler: Scheduler) -> None:

@@ -36,6 +36,7 @@ class LLM:
         max_num_batched_tokens: tokens a step; 256 on a CPU, else 2048.
         max_model_len: the longest prompt and answer together; the model's, at most 8192.
         seed: of the seeds drawn for requests that bring none.
+        enable_prefix_caching: keep finished blocks, and share those whose prefix comes again.
         attention_backend: "auto", "cpu", "xla", "pallas-tpu" and, for tests, "reference" and
             "pallas-tpu-interpret".
         warm_up: compile every common program now; otherwise each when it is first needed.
@@ -60,6 +61,7 @@ class LLM:
         max_num_batched_tokens: int | None = None,
         max_model_len: int | None = None,
         seed: int = 0,
+        enable_prefix_caching: bool = True,
         attention_backend: str = "auto",
         warm_up: bool = True,
         use_tqdm: bool = True,
@@ -78,6 +80,7 @@ class LLM:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
+            enable_prefix_caching=enable_prefix_caching,
             attention_backend=attention_backend,
         )
         self.engine: Engine = built.engine
@@ -176,6 +179,10 @@ class LLM:
     def stats(self) -> Stats:
         """What runs, what waits, how full the pool is, and how many programs were compiled."""
         return self.engine.stats()
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets every cached prefix; False, and nothing done, while requests hold blocks."""
+        return self.engine.scheduler.reset_prefix_cache()
 
     def close(self) -> None:
         """Deletes the device arrays and gives up what still runs. Safe to repeat."""

@@ -42,6 +42,7 @@ def build_engine(
     max_num_seqs: int | None,
     max_num_batched_tokens: int | None,
     max_model_len: int | None,
+    enable_prefix_caching: bool,
     attention_backend: str,
 ) -> BuiltEngine:
     """An engine for a checkpoint; options as `LLM` explains them, checked before weights load."""
@@ -61,6 +62,7 @@ def build_engine(
         max_num_seqs=_or(max_num_seqs, 64 if on_cpu else 256),
         max_num_batched_tokens=_or(max_num_batched_tokens, 256 if on_cpu else 2048),
         max_model_len=_or(max_model_len, min(longest, LONGEST_DEFAULT)),
+        enable_prefix_caching=enable_prefix_caching,
     )
     if limits.max_model_len > longest:
         raise ValueError(

@@ -15,7 +15,9 @@ class SamplingParams:
     """vLLM's names and defaults; every value is checked when the object is made.
 
     `temperature` 0 means greedy, `top_k` 0 or -1 and `max_tokens` None mean no limit of their own.
-    Stops count only after `min_tokens` tokens. `stop` takes one string or several.
+    Stops count only after `min_tokens` tokens. `stop` takes one string or several. Requests share
+    cached prefixes only where their `cache_salt` is the same, so that nobody can learn from the
+    time of an answer what others asked.
     """
 
     n: int = 1
@@ -33,6 +35,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     detokenize: bool = True
+    cache_salt: str | None = None
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {
@@ -53,6 +56,8 @@ class SamplingParams:
         if self.logprobs is not None:
             logprobs = checked_int("logprobs", self.logprobs, least=0, most=MAX_LOGPROBS)
             checked["logprobs"] = logprobs
+        if self.cache_salt is not None and not isinstance(self.cache_salt, str):
+            raise TypeError(f"cache_salt must be a string or None, got {self.cache_salt!r}")
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")

@@ -12,7 +12,8 @@ class ScheduledRow:
     `samples` says that the step reaches the last known token, so that its logits pick the next.
     `new_blocks` are the (column, block id) pairs that the device's table lacks. `is_new` rows were
     assigned in this step: the device needs their seeds and parameters. A row that `feeds_back`
-    has one token, the one that the device sampled last on this row.
+    has one token, the one that the device sampled last on this row. A row that is `forked` has no
+    token of its own: it samples from the last logits of that row of the same request.
     """
 
     sequence: Sequence
@@ -23,6 +24,7 @@ class ScheduledRow:
     new_blocks: tuple[tuple[int, int], ...]
     is_new: bool
     feeds_back: bool
+    forked: int | None = None
 
     @property
     def seq_len(self) -> int:
@@ -32,12 +34,15 @@ class ScheduledRow:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step: the rows with one token first (`num_decodes` of them), then the longer chunks.
+    """One step: the rows with one token first (`num_decodes` of them), longer chunks, then forks.
 
-    `preempted` sequences lost their row and blocks while the step was planned.
+    `copies` are (source, destination) blocks: before the step writes anything, all sources are
+    read and then all destinations written. `preempted` sequences lost their row and blocks while
+    the step was planned.
     """
 
     rows: tuple[ScheduledRow, ...]
     num_tokens: int
     num_decodes: int
+    copies: tuple[tuple[int, int], ...]
     preempted: tuple[Sequence, ...]

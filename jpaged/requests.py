@@ -59,6 +59,7 @@ class Sequence:
     logprobs: list[dict[int, Logprob]] = dataclasses.field(default_factory=list, repr=False)
     cumulative_logprob: float = 0.0
     detokenizer: Detokenizer | None = dataclasses.field(default=None, repr=False)
+    digests: list[bytes] = dataclasses.field(default_factory=list, repr=False)  # of full blocks
 
     def __post_init__(self) -> None:
         if not self.token_ids:

@@ -6,11 +6,14 @@ from collections.abc import Sequence as SequenceOf
 
 from jpaged.blocks import BlockPool
 from jpaged.config import EngineConfig
+from jpaged.draft import Draft
 from jpaged.errors import QueueFullError
 from jpaged.finish import finish, settle
 from jpaged.outputs import Logprob
 from jpaged.plan import ScheduledRow, StepPlan
+from jpaged.prefix_cache import PrefixCache
 from jpaged.requests import FinishReason, Request, Sequence
+from jpaged.sharing import NOTHING, Hit, find_prefix, register_filled
 from jpaged.stats import Counters
 
 
@@ -53,8 +56,8 @@ class Scheduler:
 
     @property
     def num_tokens_held(self) -> int:
-        """Tokens whose K/V are in the pool."""
-        return sum(sequence.num_computed_tokens for sequence in self.running)
+        """Tokens whose K/V are in the pool for a running sequence, shared ones counted once."""
+        return self._num_held([(s.block_ids, s.num_computed_tokens) for s in self.running])
 
     def add(self, request: Request) -> None:
         """Queues each sequence of `request`, or raises and changes nothing."""
@@ -105,7 +108,7 @@ class Scheduler:
         if not self.running and not self.waiting:
             return None
         self._torn = True
-        draft = _Draft(self.config.max_num_batched_tokens)
+        draft = Draft(self.config.max_num_batched_tokens)
         self._continue_running(draft)
         if not draft.preempted:
             self._admit_waiting(draft)
@@ -141,11 +144,22 @@ class Scheduler:
             if row.samples:
                 self._take(sequence, int(token_ids[index]), logprobs[index] if logprobs else None)
                 changed.append(sequence)
+        self.pool.cache.settle()
         self._drop_finished(changed)
         self.counters.steps += 1
         self._plan = None
         self._torn = False
         return changed
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets every cached prefix; False, and nothing done, while sequences hold blocks."""
+        self._mend()
+        if self.running:
+            return False
+        self._torn = True
+        self.pool.forget_cached()
+        self._torn = False
+        return True
 
     def abort(self, request_id: str) -> list[Sequence]:
         """Ends what is unfinished of the request; nothing when it is unknown or already over."""
@@ -186,7 +200,7 @@ class Scheduler:
     def _start_over(self) -> None:
         """Makes all that is held free, and both queues empty."""
         self._plan: StepPlan | None = None
-        self.pool = BlockPool(self.config.num_blocks)
+        self.pool = BlockPool(self.config.num_blocks, PrefixCache())
         self.free_rows = list(range(self.config.max_num_seqs - 1, -1, -1))
         self.running: list[Sequence] = []
         # Ordered, so that an aborted sequence leaves the middle of a long queue at no cost.
@@ -197,39 +211,116 @@ class Scheduler:
         if self._torn:
             self.recover()
 
-    def _continue_running(self, draft: "_Draft") -> None:
+    def _continue_running(self, draft: Draft) -> None:
         """Gives every running sequence a token, and the latest one as many as it has left."""
         for sequence in list(self.running):
             if sequence.row is None:  # preempted just now
                 continue
-            num_tokens = min(sequence.num_tokens - sequence.num_computed_tokens, draft.num_left)
-            num_held = self.config.blocks_for(sequence.num_computed_tokens)
-            num_blocks = (
-                self.config.blocks_for(sequence.num_computed_tokens + num_tokens) - num_held
-            )
+            start = sequence.num_computed_tokens
+            num_tokens = min(sequence.num_tokens - start, draft.num_left)
+            num_blocks = self._num_new_blocks(sequence, start + num_tokens)
             while num_blocks > self.pool.num_free and sequence.row is not None:
                 self._preempt_latest(draft)
+                # Whoever gave up may have been the last to share the block that is written next.
+                num_blocks = self._num_new_blocks(sequence, start + num_tokens)
             if sequence.row is not None:
-                draft.add(sequence, num_tokens, self.pool.allocate(num_blocks))
+                columns = self._own_tail(sequence, draft) + self._grow(sequence, start + num_tokens)
+                draft.add(sequence, num_tokens, columns)
+                self._register(sequence, start, start + num_tokens)
 
-    def _admit_waiting(self, draft: "_Draft") -> None:
+    def _admit_waiting(self, draft: Draft) -> None:
         """Starts waiting sequences in order, while all their known tokens have free blocks."""
-        while self.waiting and self.free_rows and draft.num_left:
+        most = min(self.config.max_num_seqs, self.config.max_num_batched_tokens)
+        while self.waiting and len(self.running) < most:
             sequence = next(iter(self.waiting))
             # Every running sequence wants its next block soon, and would get it by preempting the
             # one just admitted. On ShareGPT lengths this saves two preemptions in three.
-            num_wanted_soon = len(self.running)
-            num_needed = self.config.blocks_for(sequence.num_tokens)
-            if num_needed + num_wanted_soon > self.pool.num_free:
+            num_free = self.pool.num_free - len(self.running)
+            lead = draft.fork_of(sequence)
+            if lead is not None and num_free >= 0:
+                self._fork(sequence, lead, draft)
+                continue
+            hit = self._find_prefix(sequence)
+            if hit.copied_id is not None and self._num_taken(sequence, hit) > num_free:
+                hit = hit.without_copy(self.config.block_size)
+            if not draft.num_left or self._num_taken(sequence, hit) > num_free:
                 return
-            num_tokens = min(sequence.num_tokens, draft.num_left)
-            del self.waiting[sequence]
-            self.running.append(sequence)
-            sequence.row = self.free_rows.pop()
-            block_ids = self.pool.allocate(self.config.blocks_for(num_tokens))
-            draft.add(sequence, num_tokens, block_ids, is_new=True)
+            self._start(sequence, hit, draft)
 
-    def _preempt_latest(self, draft: "_Draft") -> None:
+    def _num_taken(self, sequence: Sequence, hit: Hit) -> int:
+        """Free blocks that are so no more when the sequence starts, if only to be copied."""
+        num_new = self.config.blocks_for(sequence.num_tokens) - len(hit.block_ids)
+        return num_new + self.pool.num_free_among(hit.all_ids)
+
+    def _start(self, sequence: Sequence, hit: Hit, draft: Draft) -> None:
+        """Gives a waiting sequence a row, what is known of its prefix, and its first tokens."""
+        num_tokens = min(sequence.num_tokens - hit.num_tokens, draft.num_left)
+        self._give_row(sequence)
+        self.pool.share(hit.all_ids)  # the block to be copied too, lest it be given out
+        sequence.block_ids = list(hit.block_ids)
+        sequence.num_computed_tokens = hit.num_tokens
+        self._grow(sequence, hit.num_tokens + num_tokens)
+        if hit.copied_id is not None:
+            draft.copies.append((hit.copied_id, sequence.block_ids[len(hit.block_ids)]))
+            self.pool.free([hit.copied_id])
+        draft.add(sequence, num_tokens, list(enumerate(sequence.block_ids)), is_new=True)
+        self._register(sequence, hit.num_tokens, hit.num_tokens + num_tokens)
+        self.counters.hit_tokens += hit.num_tokens
+        self.counters.queried_tokens += sequence.num_tokens
+
+    def _fork(self, sequence: Sequence, lead: ScheduledRow, draft: Draft) -> None:
+        """Lets a sequence begin with all that the first of its request has, a half full block too.
+
+        Whoever writes that block first while it is shared gets a copy (`_own_tail`).
+        """
+        self._give_row(sequence)
+        sequence.block_ids = list(lead.sequence.block_ids)
+        self.pool.share(sequence.block_ids)
+        draft.fork(sequence, lead)
+
+    def _give_row(self, sequence: Sequence) -> None:
+        del self.waiting[sequence]
+        self.running.append(sequence)
+        sequence.row = self.free_rows.pop()
+
+    def _num_new_blocks(self, sequence: Sequence, num_tokens: int) -> int:
+        """Blocks to allocate before the sequence can write up to `num_tokens`."""
+        grown = self.config.blocks_for(num_tokens) - len(sequence.block_ids)
+        return grown + self._shares_tail(sequence)
+
+    def _shares_tail(self, sequence: Sequence) -> bool:
+        """Whether the block that the sequence writes next is half full and somebody else's too."""
+        return (
+            sequence.num_computed_tokens % self.config.block_size > 0
+            and self.pool.ref_counts[sequence.block_ids[-1]] > 1
+        )
+
+    def _own_tail(self, sequence: Sequence, draft: Draft) -> list[tuple[int, int]]:
+        """Replaces a shared tail by a copy: the (column, block) that the device must learn."""
+        if not self._shares_tail(sequence):
+            return []
+        (block_id,) = self.pool.allocate(1)
+        draft.copies.append((sequence.block_ids[-1], block_id))
+        self.pool.free(sequence.block_ids[-1:])
+        sequence.block_ids[-1] = block_id
+        return [(len(sequence.block_ids) - 1, block_id)]
+
+    def _grow(self, sequence: Sequence, num_tokens: int) -> list[tuple[int, int]]:
+        """Allocates what `num_tokens` tokens need: the (column, block) pairs that are new."""
+        num_held = len(sequence.block_ids)
+        sequence.block_ids += self.pool.allocate(self.config.blocks_for(num_tokens) - num_held)
+        return list(enumerate(sequence.block_ids))[num_held:]
+
+    def _find_prefix(self, sequence: Sequence) -> Hit:
+        if not self.config.enable_prefix_caching:
+            return NOTHING
+        return find_prefix(self.pool.cache, sequence, self.config.block_size)
+
+    def _register(self, sequence: Sequence, start: int, end: int) -> None:
+        if self.config.enable_prefix_caching:
+            register_filled(self.pool.cache, sequence, start, end, self.config.block_size)
+
+    def _preempt_latest(self, draft: Draft) -> None:
         """Sends the latest arrival back to the head of the queue, to be computed again."""
         sequence = self.running.pop()
         draft.preempted.append(sequence)
@@ -242,8 +333,16 @@ class Scheduler:
         counters, num_blocks = self.counters, self.pool.num_used
         counters.computed_tokens += plan.num_tokens
         counters.peak_blocks = max(counters.peak_blocks, num_blocks)
-        counters.held_tokens += self.num_tokens_held + plan.num_tokens
+        tables = [(row.sequence.block_ids, row.seq_len) for row in plan.rows]
+        counters.held_tokens += self._num_held(tables)
         counters.held_slots += num_blocks * self.config.block_size
+        counters.copied_blocks += len(plan.copies)
+
+    def _num_held(self, tables: list[tuple[list[int], int]]) -> int:
+        """Filled slots of the blocks in use: only a table's last block may have empty ones."""
+        size = self.config.block_size
+        empty = {ids[-1]: -num_tokens % size for ids, num_tokens in tables if ids}
+        return self.pool.num_used * size - sum(empty.values())
 
     def _take(self, sequence: Sequence, token: int, logprobs: dict[int, Logprob] | None) -> None:
         if logprobs is not None:  # before the token, which is what makes both count
@@ -282,45 +381,3 @@ class Scheduler:
         self.pool.free(sequence.block_ids)
         self.free_rows.append(sequence.row)
         sequence.forget_device()
-
-
-class _Draft:
-    """A plan in the making."""
-
-    def __init__(self, budget: int) -> None:
-        self.num_left = budget
-        self.rows: list[ScheduledRow] = []
-        self.preempted: list[Sequence] = []
-
-    def add(
-        self, sequence: Sequence, num_tokens: int, block_ids: list[int], *, is_new: bool = False
-    ) -> None:
-        """Gives `sequence` some tokens of the step, and the blocks that they need."""
-        assert sequence.row is not None, "a row is assigned first"
-        start = sequence.num_computed_tokens
-        self.num_left -= num_tokens
-        row = ScheduledRow(
-            sequence=sequence,
-            row=sequence.row,
-            start=start,
-            num_tokens=num_tokens,
-            samples=start + num_tokens == sequence.num_tokens,
-            new_blocks=tuple(enumerate(block_ids, start=len(sequence.block_ids))),
-            is_new=is_new,
-            feeds_back=sequence.last_token_on_device and num_tokens == 1,
-        )
-        self.rows.append(row)
-        sequence.block_ids += block_ids
-
-    def plan(self) -> StepPlan:
-        """The step, with the rows that have one token in front."""
-        short = [row for row in self.rows if row.num_tokens == 1]
-        # Attention walks a group of rows as far as its longest: rows of a length go together.
-        short.sort(key=lambda row: -row.seq_len)
-        long = [row for row in self.rows if row.num_tokens > 1]
-        return StepPlan(
-            rows=(*short, *long),
-            num_tokens=sum(row.num_tokens for row in self.rows),
-            num_decodes=len(short),
-            preempted=tuple(self.preempted),
-        )

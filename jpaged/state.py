@@ -30,6 +30,7 @@ class StepBatch:
     tokens: Int32[Array, " T"]
     query_starts: Int32[Array, "B+1"]
     seq_lens: Int32[Array, " B"]
+    logit_tokens: Int32[Array, " B"]  # the token from whose logits the row samples
     num_decodes: Int32[Array, " 1"]
     row_ids: Int32[Array, " B"]
     sampled_row_ids: Int32[Array, " B"]  # the row where it samples, else R

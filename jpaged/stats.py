@@ -17,6 +17,9 @@ class Counters:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     computed_tokens: int = 0
+    queried_tokens: int = 0  # of sequences looked up in the prefix cache when they started
+    hit_tokens: int = 0  # of these, those that were there
+    copied_blocks: int = 0
     peak_blocks: int = 0
     held_tokens: int = 0  # tokens held after a step, summed over the steps
     held_slots: int = 0  # slots of the blocks that held them, likewise
@@ -26,19 +29,24 @@ class Counters:
 class Stats:
     """A snapshot of one engine.
 
-    `waste` is the share of allocated slots that hold no token, now; `mean_waste` weighs every step
-    so far by the slots it held. Both are 0 where nothing was held. `computed_tokens` counts what
-    the steps ran, so it exceeds the tokens known by what was computed again after a preemption or
-    a failed step.
+    `blocks_cached` of the `blocks_free` can still be shared. `waste` is the share of allocated
+    slots that hold no token, now; `mean_waste` weighs every step so far by the slots it held.
+    `saving` is the share of blocks in the running sequences' tables that sharing saves, now.
+    `hit_rate` is the share of tokens found in the prefix cache when their sequences started. All
+    are 0 where nothing was held or started. `computed_tokens` counts what the steps ran, so it
+    exceeds the tokens known by what was computed again after a preemption or a failed step.
     """
 
     running: int
     waiting: int
     num_blocks: int
     blocks_used: int
+    blocks_cached: int
     blocks_free: int
     peak_blocks: int
     tokens_held: int
+    hit_rate: float
+    saving: float
     waste: float
     mean_waste: float
     steps: int
@@ -47,6 +55,7 @@ class Stats:
     prompt_tokens: int
     generated_tokens: int
     computed_tokens: int
+    copied_blocks: int
     compiles: int
     lazy_compiles: int
 
@@ -65,21 +74,29 @@ def collect_stats(scheduler: "Scheduler", *, compiles: int = 0, lazy_compiles: i
         waiting=scheduler.num_waiting,
         num_blocks=pool.num_blocks,
         blocks_used=pool.num_used,
+        blocks_cached=pool.num_cached,
         blocks_free=pool.num_free,
         peak_blocks=counters.peak_blocks,
         tokens_held=tokens_held,
-        waste=_waste(tokens_held, pool.num_used * scheduler.config.block_size),
-        mean_waste=_waste(counters.held_tokens, counters.held_slots),
+        hit_rate=_share(counters.hit_tokens, counters.queried_tokens),
+        saving=_missing(pool.num_used, sum(len(s.block_ids) for s in scheduler.running)),
+        waste=_missing(tokens_held, pool.num_used * scheduler.config.block_size),
+        mean_waste=_missing(counters.held_tokens, counters.held_slots),
         steps=counters.steps,
         preemptions=counters.preemptions,
         recoveries=counters.recoveries,
         prompt_tokens=counters.prompt_tokens,
         generated_tokens=counters.generated_tokens,
         computed_tokens=counters.computed_tokens,
+        copied_blocks=counters.copied_blocks,
         compiles=compiles,
         lazy_compiles=lazy_compiles,
     )
 
 
-def _waste(num_tokens: int, num_slots: int) -> float:
-    return 1.0 - num_tokens / num_slots if num_slots else 0.0
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0
+
+
+def _missing(part: int, whole: int) -> float:
+    return 1.0 - part / whole if whole else 0.0

@@ -14,12 +14,14 @@ from jaxtyping import Array, DTypeLike, Float, Int32
 from jpaged.batch import packed_size, sampling_spec, unpack_batch
 from jpaged.buckets import Bucket
 from jpaged.config import EngineConfig
+from jpaged.preparation import preparation_size, unpack_preparation
 from jpaged.sampling import TopLogprobs, sample, top_logprobs
 from jpaged.state import DeviceState, StepBatch
 from jpaged_models import Decoder, ModelConfig, Phase, Pools, StepContext
 from pallas_kernels import (
     Backend,
     PagedBatch,
+    copy_blocks,
     pool_shape,
     positions_of_tokens,
     rows_of_tokens,
@@ -87,6 +89,23 @@ class Step:
         step = functools.partial(self._step, bucket=bucket, outputs=outputs)
         return jax.jit(step, donate_argnums=(1, 2))
 
+    def preparation(self) -> jax.stages.Wrapped:
+        """`(pool, state, packed preparation) -> (pool, state)`: what a step may need before it."""
+        return jax.jit(self._prepare, donate_argnums=(0, 1))
+
+    def preparation_specs(self) -> tuple[Any, ...]:
+        """The shapes and dtypes of a preparation's arguments."""
+        packed = jax.ShapeDtypeStruct((preparation_size(self.config.max_num_seqs),), np.int32)
+        return (*jax.eval_shape(self.zeros), packed)
+
+    def _prepare(
+        self, pools: Pools, state: DeviceState, packed: Int32[Array, " X"]
+    ) -> tuple[Pools, DeviceState]:
+        copies, num_copies, updates = unpack_preparation(packed, self.config.max_num_seqs)
+        pools = copy_blocks(pools, copies, num_copies)
+        tables = _enter(state.block_tables, updates)
+        return pools, dataclasses.replace(state, block_tables=tables)
+
     def _step(
         self,
         params: list[Array],
@@ -104,8 +123,8 @@ class Step:
             batch, state, bucket, block_size=self.config.block_size, backend=self.backend
         )
         hidden, pools = decoder(tokens, pools, context)
-        last_B = jnp.maximum(batch.query_starts[1:] - 1, 0)
-        logits = decoder.logits(hidden if bucket.phase is Phase.DECODE else hidden[last_B])
+        sampling = hidden if bucket.phase is Phase.DECODE else hidden[batch.logit_tokens]
+        logits = decoder.logits(sampling)
         rows = jax.tree.map(lambda leaf: leaf.at[batch.row_ids].get(mode="clip"), state.sampling)
         sampled = sample(logits, rows, batch.seq_lens)
         last_tokens = state.last_tokens.at[batch.sampled_row_ids].set(sampled, mode="drop")
@@ -120,15 +139,19 @@ class Step:
 
 def _update_rows(state: DeviceState, batch: StepBatch) -> DeviceState:
     """The state with new rows started and new blocks entered."""
-    tables = state.block_tables.at[batch.new_row_ids].set(0, mode="drop")
-    rows, columns, blocks = batch.table_updates.T
-    tables = tables.at[rows, columns].set(blocks, mode="drop")
+    tables = _enter(state.block_tables, batch.table_updates)
     sampling = jax.tree.map(
         lambda old, new: old.at[batch.new_row_ids].set(new, mode="drop"),
         state.sampling,
         batch.new_rows,
     )
     return dataclasses.replace(state, block_tables=tables, sampling=sampling)
+
+
+def _enter(tables: Int32[Array, "R M"], updates: Int32[Array, "U 3"]) -> Int32[Array, "R M"]:
+    """The tables with (row, column, block id) entries made; those of padding rows are dropped."""
+    rows, columns, blocks = updates.T
+    return tables.at[rows, columns].set(blocks, mode="drop")
 
 
 def _context(

@@ -3,6 +3,7 @@
 from pallas_kernels.dispatch import (
     Backend,
     choose_backend,
+    copy_blocks,
     default_backend,
     paged_attention,
     paged_decode,
@@ -22,6 +23,7 @@ __all__ = [
     "Backend",
     "PagedBatch",
     "choose_backend",
+    "copy_blocks",
     "default_backend",
     "paged_attention",
     "paged_decode",

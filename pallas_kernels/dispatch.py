@@ -127,3 +127,13 @@ def write_kv(
     if backend is Backend.REFERENCE:
         return reference.write_kv(pool, k, v, slots)
     return xla.write_kv(pool, k, v, slots)
+
+
+def copy_blocks(
+    pools: tuple[Float[Array, "P K S W"], ...], copies: Int32[Array, "X 2"], count: Int32[Array, ""]
+) -> tuple[Float[Array, "P K S W"], ...]:
+    """Every layer's pool after the first `count` of the (source, destination) block copies.
+
+    They are done in order: a destination may have been the source of a copy before it.
+    """
+    return xla.copy_blocks(pools, copies, count)

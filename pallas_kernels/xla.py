@@ -250,3 +250,23 @@ def write_kv(
     rows_TK = ((slots // S)[:, None] * K + heads_K[None, :]) * S + (slots % S)[:, None]
     flat = pool.reshape(P * K * S, W).at[rows_TK].set(kv, mode="drop")
     return flat.reshape(P, K, S, W)
+
+
+def copy_blocks(
+    pools: tuple[Float[Array, "P K S W"], ...], copies: Int32[Array, "X 2"], count: Int32[Array, ""]
+) -> tuple[Float[Array, "P K S W"], ...]:
+    """Every layer's pool after the first `count` of the (source, destination) copies, in order.
+
+    In place where the caller donated the pools; the time follows `count`, not X.
+    """
+
+    def copy(i: Int32[Array, ""], pools: tuple[Array, ...]) -> tuple[Array, ...]:
+        source, destination = copies[i]
+        return tuple(
+            jax.lax.dynamic_update_slice_in_dim(
+                pool, jax.lax.dynamic_slice_in_dim(pool, source, 1), destination, 0
+            )
+            for pool in pools
+        )
+
+    return jax.lax.fori_loop(0, count, copy, pools)

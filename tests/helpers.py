@@ -93,7 +93,7 @@ def tiny_decoder(config: ModelConfig | None = None, *, seed: int = 0) -> Decoder
     return nnx.merge(graph, state)
 
 
-def tiny_engine(**limits: int) -> Engine:
+def tiny_engine(**limits: Any) -> Engine:
     """An engine over a tiny random model that shares its programs with all others of its kind.
 
     `limits` replace those of LIMITS where the programs do not depend on them: none may be higher,
@@ -108,16 +108,17 @@ def tiny_engine(**limits: int) -> Engine:
     return Engine(Scheduler(config, eos_token_ids=runner.model.eos_token_ids), runner, None)
 
 
-LIMITS = {
+LIMITS: dict[str, Any] = {
     "block_size": 8,
     "num_blocks": 60,
     "max_num_seqs": 4,
     "max_num_batched_tokens": 16,
     "max_model_len": 96,
+    "enable_prefix_caching": True,
 }
 
 
-def make_engine(decoder: Decoder, *, backend: Backend = Backend.XLA, **limits: int) -> Engine:
+def make_engine(decoder: Decoder, *, backend: Backend = Backend.XLA, **limits: Any) -> Engine:
     """An engine with a float32 pool on the first device; nothing is compiled yet.
 
     It has one program for decode steps and one for all others.
@@ -227,9 +228,19 @@ def record_logits(engine: Engine, record: Record) -> None:
 
 
 def teacher_forced(engine: Engine, requests: Sequence[Request]) -> list[np.ndarray]:
-    """Runs the requests; the logits after every token of each one's first sequence, `[C, V]`.
+    """Runs the requests; the logits after every token of each one's first sequence, `[C, V]`."""
+    found = []
+    for request, seen in zip(requests, computed_logits(engine, requests), strict=True):
+        assert sorted(seen) == list(range(request.sequences[0].num_tokens - 1))
+        found.append(np.stack([seen[position] for position in range(len(seen))]))
+    return found
 
-    Of a position that was computed twice, after a preemption, both must agree.
+
+def computed_logits(engine: Engine, requests: Sequence[Request]) -> list[dict[int, np.ndarray]]:
+    """Runs the requests; the logits at the positions of each one's first sequence, by position.
+
+    What was found in the cache is missing. Of a position that was computed twice, after a
+    preemption, both must agree.
     """
     V = engine.runner.model.vocab_size
     rows: dict[TokenSequence, dict[int, np.ndarray]] = {r.sequences[0]: {} for r in requests}
@@ -242,14 +253,11 @@ def teacher_forced(engine: Engine, requests: Sequence[Request]) -> list[np.ndarr
                 assert_close(row, before, TOLERANCES["float32"].logits, "computed again")
             rows[sequence][position] = row
 
+    run = engine.runner.run
     record_logits(engine, record)
     run_to_end(engine, requests)
-    found = []
-    for request in requests:
-        seen = rows[request.sequences[0]]
-        assert sorted(seen) == list(range(request.sequences[0].num_tokens - 1))
-        found.append(np.stack([seen[position] for position in range(len(seen))]))
-    return found
+    engine.runner.run = run
+    return list(rows.values())
 
 
 def assert_greedy_tokens_agree(

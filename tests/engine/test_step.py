@@ -57,7 +57,8 @@ def warm() -> Iterator[WarmEngine]:
     engine.runner.buckets = Buckets(max_num_seqs=4, max_num_batched_tokens=16)
     jax.monitoring.register_event_duration_secs_listener(listen)
     engine.runner.warm_up()
-    assert events.count(COMPILE_EVENT) == len(engine.runner.buckets.all) == 3
+    assert len(engine.runner.buckets.all) == 3
+    assert events.count(COMPILE_EVENT) == engine.runner.num_programs == 4
     events.clear()
     yield WarmEngine(engine, events)
     jax.config.update("jax_enable_compilation_cache", was_enabled)
@@ -105,6 +106,11 @@ def test_pool_and_state_are_updated_in_place_and_no_temporary_is_a_layers_slab(w
         assert analysis.temp_size_in_bytes < slab, bucket
         # All that comes out beside them is a token a row.
         assert analysis.output_size_in_bytes - donated < 1024, bucket
+    assert runner.preparation is not None
+    analysis = runner.preparation.memory_analysis()
+    assert analysis is not None
+    assert analysis.alias_size_in_bytes == donated
+    assert analysis.temp_size_in_bytes < slab
 
 
 def test_the_pool_that_went_in_is_gone_and_there_is_one_live_copy(warm: WarmEngine):
@@ -120,7 +126,7 @@ def test_the_pool_that_went_in_is_gone_and_there_is_one_live_copy(warm: WarmEngi
 @pytest.mark.parametrize("kind", DEFAULT_LIMITS)
 def test_a_default_engine_has_at_most_twelve_programs(kind: str):
     buckets = Buckets(**DEFAULT_LIMITS[kind])
-    assert len(buckets.all) == len(set(buckets.all)) <= 12
+    assert len(buckets.all) == len(set(buckets.all)) <= 12 - 1  # and one that prepares steps
 
 
 @pytest.mark.parametrize("limits", [(1, 1), (1, 300), (300, 1), (64, 256), (7, 5), (256, 2048)])
@@ -135,7 +141,7 @@ def test_every_plan_within_the_limits_fits_a_bucket(limits: tuple[int, int]):
             if num_tokens > max_num_batched_tokens or num_rows > max_rows or num_decodes == 0:
                 continue
             rows = (None,) * num_rows  # only counted
-            bucket = buckets.fit(StepPlan(rows, num_tokens, num_decodes, ()))  # pyright: ignore[reportArgumentType]
+            bucket = buckets.fit(StepPlan(rows, num_tokens, num_decodes, (), ()))  # pyright: ignore[reportArgumentType]
             assert bucket.num_tokens >= num_tokens
             assert bucket.num_rows >= num_rows
 
@@ -150,7 +156,7 @@ def test_sampled_tokens_are_fed_back_on_the_device():
     def run_and_forget(plan: StepPlan, outputs: Outputs = Outputs.TOKENS) -> StepOutput:
         nonlocal num_fed_back
         bucket = engine.runner.buckets.fit(plan)
-        packed = pack_batch(plan, bucket, block_size=8, padding_row=4, eos_token_ids=())
+        packed = pack_batch(plan, bucket, [], block_size=8, padding_row=4, eos_token_ids=())
         tokens = np.asarray(unpack_batch(jnp.asarray(packed), bucket, 8).tokens)
         for row in plan.rows:
             generates = row.start >= row.sequence.num_prompt_tokens

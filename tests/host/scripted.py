@@ -7,6 +7,7 @@ import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
@@ -17,6 +18,7 @@ from jpaged.params import SamplingParams
 from jpaged.plan import StepPlan
 from jpaged.requests import Request, Sequence
 from jpaged.scheduler import Scheduler
+from tests.host.oracle import WatchedScheduler
 
 LETTERS = "abcdefg"  # token i is the i-th letter
 EOS = 6
@@ -40,15 +42,15 @@ class InjectedError(BaseException):
     """Raised by `interrupt`; like KeyboardInterrupt it is no `Exception`."""
 
 
-def make_scheduler(**changes: int) -> Scheduler:
-    limits = {
+def make_scheduler(**changes: Any) -> WatchedScheduler:
+    limits: dict[str, Any] = {
         "block_size": 8,
         "num_blocks": 14,
         "max_num_seqs": 5,
         "max_num_batched_tokens": 11,
         "max_model_len": 70,
     }
-    return Scheduler(EngineConfig(**limits | changes), eos_token_ids=[EOS])
+    return WatchedScheduler(EngineConfig(**limits | changes), eos_token_ids=[EOS])
 
 
 def make_request(name: str, num_prompt: int, *, seed: int = 1, **params: object) -> Request:

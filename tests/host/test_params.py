@@ -10,7 +10,7 @@ import pytest
 from jpaged.config import EngineConfig
 from jpaged.params import SamplingParams
 
-LIMITS = {
+LIMITS: dict[str, Any] = {
     "block_size": 16,
     "num_blocks": 30,
     "max_num_seqs": 4,
@@ -132,12 +132,12 @@ def test_engine_limits_derive_from_one_another():
 @pytest.mark.parametrize("block_size", [4, 12, 24, 256])
 def test_a_block_size_that_is_no_power_of_two_in_range_is_refused(block_size: int):
     with pytest.raises(ValueError, match=f"power of two from 8 to 128, got {block_size}"):
-        EngineConfig(**LIMITS | {"block_size": block_size})
+        EngineConfig(**LIMITS | {"block_size": block_size})  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("name", LIMITS)
 def test_engine_limits_are_positive_ints(name: str):
     with pytest.raises(ValueError, match=f"{name} must be at least"):
-        EngineConfig(**LIMITS | {name: 0})
+        EngineConfig(**LIMITS | {name: 0})  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match=f"{name} must be an int"):
         EngineConfig(**LIMITS | {name: 2.0})  # pyright: ignore[reportArgumentType]

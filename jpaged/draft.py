@@ -1,0 +1,78 @@
+"""A step plan in the making."""
+
+from jpaged.plan import ScheduledRow, StepPlan
+from jpaged.requests import Sequence
+
+
+class Draft:
+    """The rows and copies so far, and what is left of the budget."""
+
+    def __init__(self, budget: int) -> None:
+        self.num_left = budget
+        self.rows: list[ScheduledRow] = []
+        self.copies: list[tuple[int, int]] = []
+        self.preempted: list[Sequence] = []
+
+    def add(
+        self,
+        sequence: Sequence,
+        num_tokens: int,
+        new_blocks: list[tuple[int, int]],
+        *,
+        is_new: bool = False,
+    ) -> None:
+        """Gives `sequence` some tokens of the step; its blocks hold them already."""
+        assert sequence.row is not None, "a row is assigned first"
+        start = sequence.num_computed_tokens
+        self.num_left -= num_tokens
+        row = ScheduledRow(
+            sequence=sequence,
+            row=sequence.row,
+            start=start,
+            num_tokens=num_tokens,
+            samples=start + num_tokens == sequence.num_tokens,
+            new_blocks=tuple(new_blocks),
+            is_new=is_new,
+            feeds_back=sequence.last_token_on_device and num_tokens == 1,
+        )
+        self.rows.append(row)
+
+    def fork_of(self, sequence: Sequence) -> ScheduledRow | None:
+        """The row that ends the prompt of the request in this step, if `sequence` waits for it."""
+        if sequence.num_output_tokens or not sequence.index:
+            return None
+        for row in reversed(self.rows):
+            if row.sequence.request is sequence.request:
+                return row if row.samples and row.seq_len == sequence.num_tokens else None
+        return None
+
+    def fork(self, sequence: Sequence, lead: ScheduledRow) -> None:
+        """Lets `sequence` sample from the logits of `lead`, without a token of its own."""
+        assert sequence.row is not None, "a row is assigned first"
+        row = ScheduledRow(
+            sequence=sequence,
+            row=sequence.row,
+            start=lead.seq_len,
+            num_tokens=0,
+            samples=True,
+            new_blocks=tuple(enumerate(sequence.block_ids)),
+            is_new=True,
+            feeds_back=False,
+            forked=lead.row if lead.forked is None else lead.forked,
+        )
+        self.rows.append(row)
+
+    def plan(self) -> StepPlan:
+        """The step, with the rows that have one token in front."""
+        short = [row for row in self.rows if row.num_tokens == 1]
+        # Attention walks a group of rows as far as its longest: rows of a length go together.
+        short.sort(key=lambda row: -row.seq_len)
+        long = [row for row in self.rows if row.num_tokens > 1]
+        forks = [row for row in self.rows if row.num_tokens == 0]
+        return StepPlan(
+            rows=(*short, *long, *forks),
+            num_tokens=sum(row.num_tokens for row in self.rows),
+            num_decodes=len(short),
+            copies=tuple(self.copies),
+            preempted=tuple(self.preempted),
+        )

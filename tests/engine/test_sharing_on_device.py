@@ -1,0 +1,168 @@
+"""Sharing where it counts: the jitted code moves the right bytes, and no output changes."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jpaged.config import EngineConfig
+from jpaged.engine import Engine
+from jpaged.plan import ScheduledRow
+from jpaged.preparation import MAX_UPDATES
+from jpaged.requests import Request
+from jpaged.requests import Sequence as TokenSequence
+from pallas_kernels import Backend, copy_blocks, write_kv
+from tests.helpers import (
+    TOLERANCES,
+    assert_close,
+    computed_logits,
+    generated,
+    make_engine,
+    make_prompt,
+    make_request,
+    run_to_end,
+    teacher_forced,
+    tiny_decoder,
+    tiny_engine,
+)
+from tests.host.oracle import Oracle, WatchedScheduler
+from tests.host.test_sharing import busy_run
+
+
+class OracleOnDevice(Oracle):
+    """The oracle's pool written and copied by the code that the engine jits."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        super().__init__(config)
+        self._write = jax.jit(write_kv, static_argnames="backend", donate_argnums=0)
+        self._copy = jax.jit(copy_blocks, donate_argnums=0)
+        shape = (config.num_blocks, 1, config.block_size, 2)
+        self.device_pool = jnp.zeros(shape, jnp.float32)
+
+    def copy(self, copies: tuple[tuple[int, int], ...]) -> None:
+        padded = np.zeros((16, 2), np.int32)
+        padded[: len(copies)] = np.reshape(copies, (-1, 2))
+        (self.device_pool,) = self._copy((self.device_pool,), padded, np.int32(len(copies)))
+        self.pool = np.asarray(self.device_pool)[:, 0, :, 0].astype(np.int64)
+
+    def write(self, row: ScheduledRow) -> None:
+        positions = np.arange(row.start, row.seq_len)
+        blocks = self.tables[row.row, positions // self.block_size]
+        slots = np.zeros(64, np.int32)  # the rest is padding, which goes to the null block
+        slots[: len(positions)] = blocks * self.block_size + positions % self.block_size
+        values = np.zeros((64, 1, 1), np.float32)
+        values[: len(positions), 0, 0] = self.history(row.sequence)[positions]
+        self.device_pool = self._write(
+            self.device_pool, values, -values, slots, backend=Backend.XLA
+        )
+        self.pool = np.asarray(self.device_pool)[:, 0, :, 0].astype(np.int64)
+
+    def history(self, sequence: TokenSequence) -> np.ndarray:
+        """Numbers that float32 holds exactly."""
+        return super().history(sequence) % 2**23
+
+
+def test_the_jitted_write_and_copy_keep_every_history():
+    config = EngineConfig(
+        block_size=8, num_blocks=11, max_num_seqs=5, max_num_batched_tokens=40, max_model_len=70
+    )
+    scheduler = WatchedScheduler(config)
+    scheduler.oracle = OracleOnDevice(config)
+    busy_run(scheduler)
+    assert scheduler.counters.copied_blocks > 0
+
+
+PREFIX = make_prompt(29, seed=5)
+PROMPTS = [
+    [*PREFIX, *make_prompt(6, seed=1)],
+    PREFIX[:24],  # whole blocks: the last is copied
+    [*PREFIX[:21], *make_prompt(4, seed=2)],  # a block of which most begins alike
+    [*PREFIX, *make_prompt(11, seed=3)],
+    make_prompt(13, seed=4),
+]
+
+
+def requests_of(prompts: Sequence[list[int]], n: int = 1) -> list[Request]:
+    return [make_request(prompt, max_tokens=25, n=n) for prompt in prompts]
+
+
+@pytest.fixture(scope="module")
+def unshared() -> tuple[list[np.ndarray], list[list[list[int]]]]:
+    """Logits and tokens of each prompt when it runs alone, and nothing is cached."""
+    engine = make_engine(tiny_decoder(seed=3), enable_prefix_caching=False)
+    logits, tokens = [], []
+    for request in requests_of(PROMPTS):
+        logits += teacher_forced(engine, [request])
+        tokens.append(generated(request))
+    return logits, tokens
+
+
+@pytest.mark.parametrize("num_blocks", [60, 11], ids=["roomy", "preempting"])
+def test_cold_warm_and_preempted_outputs_are_those_of_prompts_alone(
+    unshared: tuple[list[np.ndarray], list[list[list[int]]]], num_blocks: int
+):
+    logits, tokens = unshared
+    engine = make_engine(tiny_decoder(seed=3), num_blocks=num_blocks)
+    fill_with_nan(engine)
+    for round_ in ("cold", "warm"):
+        hits_before = engine.stats().hit_rate
+        requests = requests_of(PROMPTS)
+        found = computed_logits(engine, requests)
+        assert [generated(r) for r in requests] == tokens, round_
+        for rows, expected in zip(found, logits, strict=True):
+            for position, row in rows.items():
+                assert_close(row, expected[position], TOLERANCES["float32"].logits, round_)
+        assert engine.stats().hit_rate > hits_before
+    stats = engine.stats()
+    assert stats.copied_blocks > 0
+    assert (stats.preemptions > 0) == (num_blocks == 11)
+
+
+def test_forks_of_greedy_sampling_all_say_what_one_alone_says(
+    unshared: tuple[list[np.ndarray], list[list[list[int]]]],
+):
+    _, tokens = unshared
+    engine = tiny_engine()
+    fill_with_nan(engine)
+    requests = requests_of(PROMPTS, n=3)
+    run_to_end(engine, requests)
+    for request, (alone,) in zip(requests, tokens, strict=True):
+        assert generated(request) == [alone] * 3
+    assert engine.stats().copied_blocks > 0
+
+
+def test_forks_draw_what_siblings_drew_without_sharing():
+    drawn = []
+    # With one row no sibling can begin when the prompt ends.
+    for limits in ({}, {"max_num_seqs": 1, "enable_prefix_caching": False}):
+        engine = tiny_engine(**limits)
+        request = make_request(PREFIX, temperature=0.9, n=4, max_tokens=11, seed=8)
+        run_to_end(engine, [request])
+        drawn.append(generated(request))
+    assert drawn[0] == drawn[1]
+    assert len({tuple(tokens) for tokens in drawn[0]}) == 4
+
+
+def test_a_long_cached_prefix_enters_its_table_in_several_goes():
+    """More entries than a step's own batch and than one preparation hold."""
+    num_tokens = 8 * (MAX_UPDATES + 90)
+    engine = make_engine(
+        tiny_decoder(seed=3),
+        num_blocks=MAX_UPDATES + 120,
+        max_model_len=num_tokens + 100,
+        max_num_batched_tokens=1024,
+    )
+    prompt = make_prompt(num_tokens, seed=9)
+    cold, warm = requests_of([prompt, prompt])
+    run_to_end(engine, [cold])
+    steps = engine.stats().steps
+    run_to_end(engine, [warm])
+    assert engine.stats().steps - steps == 25
+    assert generated(cold) == generated(warm)
+
+
+def fill_with_nan(engine: Engine) -> None:
+    """Poison in every slot: what nobody wrote must never be seen."""
+    engine.runner.pool = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), engine.runner.pool)
