@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Int32, PyTree
 
 from jpaged.buckets import Bucket
 from jpaged.params import SamplingParams
@@ -48,14 +48,19 @@ def sampling_spec(num_rows: int) -> SamplingRows:
     )
 
 
-def packed_size(bucket: Bucket, block_size: int) -> int:
-    """Words in a bucket's packed batch."""
-    return sum(leaf.size for leaf in jax.tree.leaves(batch_spec(bucket, block_size)))
+def packed_spec(spec: PyTree) -> jax.ShapeDtypeStruct:
+    """The vector that arrays of these specs are packed into."""
+    return jax.ShapeDtypeStruct((sum(leaf.size for leaf in jax.tree.leaves(spec)),), np.int32)
 
 
-def unpack_batch(packed: Int32[Array, " X"], bucket: Bucket, block_size: int) -> StepBatch:
+def pack(arrays: PyTree) -> np.ndarray:
+    """Host arrays of 4-byte words as one int32 vector."""
+    return np.concatenate([leaf.reshape(-1).view(np.int32) for leaf in jax.tree.leaves(arrays)])
+
+
+def unpack(packed: Int32[Array, " X"], spec: PyTree) -> Any:
     """The arrays of a packed vector; runs inside jit, where it costs static slices."""
-    leaves, tree = jax.tree.flatten(batch_spec(bucket, block_size))
+    leaves, tree = jax.tree.flatten(spec)
     arrays, start = [], 0
     for leaf in leaves:
         size = math.prod(leaf.shape)
@@ -63,6 +68,11 @@ def unpack_batch(packed: Int32[Array, " X"], bucket: Bucket, block_size: int) ->
         arrays.append(jax.lax.bitcast_convert_type(part, leaf.dtype))
         start += size
     return jax.tree.unflatten(tree, arrays)
+
+
+def unpack_batch(packed: Int32[Array, " X"], bucket: Bucket, block_size: int) -> StepBatch:
+    """The batch in a packed vector; runs inside jit."""
+    return unpack(packed, batch_spec(bucket, block_size))
 
 
 def table_updates(plan: StepPlan) -> list[tuple[int, int, int]]:
@@ -109,7 +119,7 @@ def pack_batch(
             _fill_sampling(batch.new_rows, i, scheduled, eos_token_ids)
     batch.query_starts[len(plan.rows) + 1 :] = token
     batch.num_decodes[0] = plan.num_decodes
-    return np.concatenate([leaf.reshape(-1).view(np.int32) for leaf in jax.tree.leaves(batch)])
+    return pack(batch)
 
 
 def _tokens(scheduled: ScheduledRow) -> list[int] | int:

@@ -3,11 +3,13 @@
 import dataclasses
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 MAX_LOGPROBS = 20  # the width of the device's top-k for logprobs, fixed so that no request sets it
 MIN_TEMPERATURE = 1e-6  # below it logits / temperature may overflow float32
+MAX_REPETITION_PENALTY = 100.0  # and its inverse the least: no logit overflows, none is lost
+MAX_LOGIT_BIAS = 100.0  # vLLM's and OpenAI's
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,6 +20,11 @@ class SamplingParams:
     Stops count only after `min_tokens` tokens. `stop` takes one string or several. Requests share
     cached prefixes only where their `cache_salt` is the same, so that nobody can learn from the
     time of an answer what others asked.
+
+    What bends the logits, greedy or not, before temperature (definitions in `jpaged.shaping`):
+    `presence_penalty` and `frequency_penalty` over the generated tokens, `repetition_penalty` over
+    prompt and generated ones, `logit_bias` by token id, `allowed_token_ids` instead of the whole
+    vocabulary, and `bad_words`, each text or token ids, which never come whole.
     """
 
     n: int = 1
@@ -25,6 +32,12 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] | None = dataclasses.field(default=None, hash=False)
+    allowed_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str | Sequence[int]] = ()
     seed: int | None = None
     stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
@@ -44,8 +57,19 @@ class SamplingParams:
             "top_p": checked_float("top_p", self.top_p, least=0.0, most=1.0),
             "top_k": max(checked_int("top_k", self.top_k, least=-1), 0),
             "min_p": checked_float("min_p", self.min_p, least=0.0, most=1.0),
+            "presence_penalty": _checked_penalty("presence_penalty", self.presence_penalty),
+            "frequency_penalty": _checked_penalty("frequency_penalty", self.frequency_penalty),
+            "repetition_penalty": checked_float(
+                "repetition_penalty",
+                self.repetition_penalty,
+                least=1 / MAX_REPETITION_PENALTY,
+                most=MAX_REPETITION_PENALTY,
+            ),
+            "logit_bias": _checked_bias(self.logit_bias),
+            "allowed_token_ids": _checked_allowed(self.allowed_token_ids),
+            "bad_words": _checked_bad_words(self.bad_words),
             "stop": _checked_stop(self.stop),
-            "stop_token_ids": _checked_token_ids(self.stop_token_ids),
+            "stop_token_ids": checked_token_ids("stop_token_ids", self.stop_token_ids),
             "min_tokens": checked_int("min_tokens", self.min_tokens, least=0),
         }
         if self.seed is not None:
@@ -69,6 +93,17 @@ class SamplingParams:
     def greedy(self) -> bool:
         """Whether the likeliest token is always taken, so that no noise is needed."""
         return self.temperature == 0.0
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether it matters which tokens came before."""
+        return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0, 0, 1)
+
+    @property
+    def shapes_logits(self) -> bool:
+        """Whether anything but temperature and filters comes between the logits and the token."""
+        forbids = self.allowed_token_ids is not None or bool(self.bad_words)
+        return self.penalizes or self.logit_bias is not None or forbids
 
     def _check_together(self) -> None:
         if self.top_p == 0.0:
@@ -111,6 +146,54 @@ def checked_float(name: str, value: object, *, least: float, most: float = math.
     return number
 
 
+def checked_token_ids(name: str, value: object) -> tuple[int, ...]:
+    """`value` as a tuple of ints that are not negative, or an error that names what was."""
+    if not isinstance(value, list | tuple):
+        raise TypeError(f"{name} must be a list of ints, got {value!r}")
+    return tuple(checked_int(f"each of {name}", token, least=0) for token in value)
+
+
+def _checked_penalty(name: str, value: object) -> float:
+    return checked_float(name, value, least=-2.0, most=2.0)
+
+
+def _checked_bias(value: object) -> dict[int, float] | None:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise TypeError(f"logit_bias must map token ids to numbers, got {value!r}")
+    least, most = -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS
+    biases = {
+        checked_int("each token id of logit_bias", token, least=0): checked_float(
+            f"logit_bias of token {token}", bias, least=least, most=most
+        )
+        for token, bias in value.items()
+    }
+    return biases or None
+
+
+def _checked_allowed(value: object) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    token_ids = checked_token_ids("allowed_token_ids", value)
+    if not token_ids:
+        raise ValueError("allowed_token_ids must not be empty; None allows every token")
+    return token_ids
+
+
+def _checked_bad_words(value: object) -> tuple[str | tuple[int, ...], ...]:
+    words = (value,) if isinstance(value, str) else value
+    if not isinstance(words, list | tuple):
+        raise TypeError(f"bad_words must be a list of strings or of token ids, got {value!r}")
+    checked = [
+        word if isinstance(word, str) else checked_token_ids("each of bad_words", word)
+        for word in words
+    ]
+    if not all(word.strip() if isinstance(word, str) else word for word in checked):
+        raise ValueError(f"bad_words must not be empty, got {value!r}")
+    return tuple(checked)
+
+
 def _checked_temperature(value: object) -> float:
     temperature = checked_float("temperature", value, least=0.0)
     if 0.0 < temperature < MIN_TEMPERATURE:
@@ -127,9 +210,3 @@ def _checked_stop(value: object) -> tuple[str, ...]:
     if not all(strings):
         raise ValueError(f"stop strings must not be empty, got {value!r}")
     return tuple(strings)
-
-
-def _checked_token_ids(value: object) -> tuple[int, ...]:
-    if not isinstance(value, list | tuple):
-        raise TypeError(f"stop_token_ids must be a list of ints, got {value!r}")
-    return tuple(checked_int("each of stop_token_ids", token, least=0) for token in value)

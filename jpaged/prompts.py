@@ -3,14 +3,17 @@
 import collections.abc
 import itertools
 import numbers
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from typing import Any
 
 import numpy as np
 
+from jpaged.bad_words import WordIds, most_forbidden, word_ids
 from jpaged.batch import MAX_STOP_IDS, stop_ids
 from jpaged.params import SamplingParams
 from jpaged.requests import Request
+from jpaged.shape_batch import MAX_FORBIDDEN
 from jpaged_models import ModelConfig, Tokenizer
 
 Prompt = str | SequenceOf[int]
@@ -40,11 +43,12 @@ class RequestMaker:
                 f"min_tokens can hold back at most {MAX_STOP_IDS} stop ids, the model's eos ids "
                 f"included; got {len(held_back)}"
             )
-        for token in params.stop_token_ids:
-            if token >= self.model.vocab_size:
-                raise ValueError(
-                    f"stop token id {token} is outside the vocabulary of {self.model.vocab_size}"
-                )
+        words = word_ids(params.bad_words, self.tokenizer)
+        self._check_vocabulary("stop token id", params.stop_token_ids)
+        self._check_vocabulary("logit_bias of token id", params.logit_bias or ())
+        self._check_vocabulary("allowed token id", params.allowed_token_ids or ())
+        self._check_vocabulary("bad word's token id", itertools.chain.from_iterable(words))
+        self._check_something_is_left(params, words)
         if params.stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer and this model has none")
         seed = params.seed
@@ -56,6 +60,7 @@ class RequestMaker:
             prompt_token_ids=token_ids,
             params=params,
             seed=seed,
+            bad_word_ids=words,
         )
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -68,6 +73,29 @@ class RequestMaker:
         if not token_ids:
             raise ValueError(f"the prompt {text!r} has no tokens; expected at least one")
         return token_ids
+
+    def _check_vocabulary(self, what: str, token_ids: Iterable[int]) -> None:
+        size = self.model.vocab_size
+        for token in token_ids:
+            if token >= size:
+                raise ValueError(f"{what} {token} is outside the vocabulary of {size}")
+
+    def _check_something_is_left(self, params: SamplingParams, words: WordIds) -> None:
+        """Raises where bad words need more room than a row has, or might forbid every token."""
+        if most_forbidden(words) > MAX_FORBIDDEN:
+            raise ValueError(
+                f"bad_words can forbid at most {MAX_FORBIDDEN} tokens behind any one token, "
+                f"got {most_forbidden(words)}; give fewer that differ in their last token alone"
+            )
+        held_back = stop_ids(params, self.model.eos_token_ids) if params.min_tokens else ()
+        last = {word[-1] for word in words}.union(held_back)
+        allowed = params.allowed_token_ids
+        num_left = self.model.vocab_size - len(last) if allowed is None else len({*allowed} - last)
+        if num_left == 0:
+            raise ValueError(
+                "bad_words and min_tokens may forbid every one of allowed_token_ids; allow a token "
+                "that ends no bad word and no sequence"
+            )
 
     def _token_ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):

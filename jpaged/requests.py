@@ -15,7 +15,8 @@ class Request:
     """One prompt with its parameters; makes its `params.n` sequences itself.
 
     `seed` is the caller's or a drawn one, so that the noise depends on nothing else that runs.
-    `arrival` is set by `Scheduler.add`, and orders the queue.
+    `arrival` is set by `Scheduler.add`, and orders the queue. `bad_word_ids` are the parameters'
+    `bad_words` as token ids.
     """
 
     request_id: str
@@ -23,6 +24,7 @@ class Request:
     prompt_token_ids: list[int]
     params: SamplingParams
     seed: int
+    bad_word_ids: tuple[tuple[int, ...], ...] = ()
     arrival: int = -1
     sequences: "list[Sequence]" = dataclasses.field(default_factory=list, repr=False)
     num_failures: int = 0

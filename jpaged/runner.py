@@ -3,6 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
+import numpy as np
 from flax import nnx
 from jaxtyping import DTypeLike, PyTree
 from tqdm import tqdm
@@ -10,8 +11,10 @@ from tqdm import tqdm
 from jpaged.batch import pack_batch, table_updates
 from jpaged.buckets import Bucket, Buckets
 from jpaged.config import EngineConfig
-from jpaged.plan import StepPlan
+from jpaged.plan import ScheduledRow, StepPlan
 from jpaged.preparation import pack_preparations
+from jpaged.shape_batch import pack_shape_batch, pack_shape_starts, shaping_rows
+from jpaged.state import LogitShape
 from jpaged.step import Outputs, Step, StepOutput
 from jpaged_models import Decoder
 from pallas_kernels import Backend
@@ -23,7 +26,8 @@ class Runner:
     """Runs plans over the device arrays.
 
     Pool and state are donated to every step and rebound to its results: exactly one live copy of
-    each. Steps compile once per (bucket, outputs), all common ones in `warm_up`.
+    each. Steps compile once per (bucket, outputs), all common ones in `warm_up`. `shape`, what
+    bends the logits, and the steps that read it come into being with the first request for them.
     """
 
     def __init__(
@@ -42,12 +46,17 @@ class Runner:
         self.params = jax.tree.leaves(nnx.split(decoder)[1])
         self.programs: dict[tuple[Bucket, Outputs], jax.stages.Compiled] = {}
         self.preparation: jax.stages.Compiled | None = None
+        self.shaped_programs: dict[tuple[Bucket, Outputs], jax.stages.Compiled] = {}
+        self.shape_start: jax.stages.Compiled | None = None
+        self.shape: LogitShape | None = None
         self.lazy_compiles = 0
         self.pool, self.state = jax.jit(self.step.zeros)()
 
     def reset(self) -> None:
         """A zero pool and an empty state in place of what is left of the old ones."""
-        _delete((self.pool, self.state))  # before the new ones are made: both would not fit
+        # Before the new ones are made: both would not fit.
+        _delete((self.pool, self.state, self.shape))
+        self.shape = None  # until a request needs it again
         self.pool, self.state = jax.jit(self.step.zeros)()
 
     def run(self, plan: StepPlan, outputs: Outputs = Outputs.TOKENS) -> StepOutput:
@@ -64,6 +73,9 @@ class Runner:
             padding_row=self.config.max_num_seqs,
             eos_token_ids=self.model.eos_token_ids,
         )
+        if rows := shaping_rows(plan):
+            self._start_shapes(rows)
+            return self._run_shaped(plan, bucket, packed, outputs)
         program = self._program(bucket, outputs)
         self.pool, self.state, out = program(self.params, self.pool, self.state, packed)
         return out
@@ -87,21 +99,33 @@ class Runner:
         """The executable that copies blocks and enters long tables before a step."""
         return self.step.preparation().lower(*self.step.preparation_specs()).compile()
 
+    def compile_shaped(self, bucket: Bucket, outputs: Outputs) -> jax.stages.Compiled:
+        """The executable of a bucket's step in which logits are bent."""
+        jitted = self.step.jitted_shaped(bucket, outputs)
+        return jitted.lower(*self.step.shaped_specs(bucket)).compile()
+
+    def compile_shape_start(self) -> jax.stages.Compiled:
+        """The executable that enters what bends the logits of a row."""
+        return self.step.shape_start().lower(*self.step.shape_start_specs()).compile()
+
     @property
     def num_programs(self) -> int:
         """Programs compiled so far."""
-        return len(self.programs) + (self.preparation is not None)
+        small = [self.preparation, self.shape_start]
+        return len(self.programs) + len(self.shaped_programs) + len(small) - small.count(None)
 
     @property
     def is_lost(self) -> bool:
-        """Whether a failed step took the pool or the state with it."""
-        return any(array.is_deleted() for array in jax.tree.leaves((self.pool, self.state)))
+        """Whether a failed step took the pool or any of the states with it."""
+        arrays = jax.tree.leaves((self.pool, self.state, self.shape))
+        return any(array.is_deleted() for array in arrays)
 
     def close(self) -> None:
         """Deletes the device arrays at once, whoever still refers to them."""
-        _delete((self.params, self.pool, self.state))
+        _delete((self.params, self.pool, self.state, self.shape))
         self.programs.clear()
-        self.preparation = None
+        self.shaped_programs.clear()
+        self.preparation = self.shape_start = None
 
     def _prepare(
         self, copies: tuple[tuple[int, int], ...], updates: list[tuple[int, int, int]]
@@ -112,6 +136,34 @@ class Runner:
                 self.preparation = self.compile_preparation()
                 self.lazy_compiles += 1
             self.pool, self.state = self.preparation(self.pool, self.state, packed)
+
+    def _start_shapes(self, rows: list[ScheduledRow]) -> None:
+        """Enters what bends the logits of rows that start, of all where there was no state yet."""
+        is_late = self.shape is None
+        if self.shape is None:
+            self.shape = jax.jit(self.step.zero_shape)()
+        if self.shape_start is None:
+            self.shape_start = self.compile_shape_start()
+            self.lazy_compiles += 1
+        limits = {"padding_row": self.config.max_num_seqs, "vocab_size": self.model.vocab_size}
+        for row in rows:
+            if is_late or row.is_new:
+                for packed in pack_shape_starts(row, **limits):
+                    self.shape = self.shape_start(self.shape, packed)
+
+    def _run_shaped(
+        self, plan: StepPlan, bucket: Bucket, packed: np.ndarray, outputs: Outputs
+    ) -> StepOutput:
+        """The plan's results where some of its rows have their logits bent."""
+        key = (bucket, outputs)
+        if key not in self.shaped_programs:
+            self.shaped_programs[key] = self.compile_shaped(bucket, outputs)
+            self.lazy_compiles += 1
+        beside = pack_shape_batch(plan, bucket, padding_row=self.config.max_num_seqs)
+        self.pool, self.state, self.shape, out = self.shaped_programs[key](
+            self.params, self.pool, self.state, self.shape, np.concatenate([packed, beside])
+        )
+        return out
 
     def _program(self, bucket: Bucket, outputs: Outputs) -> jax.stages.Compiled:
         if (bucket, outputs) not in self.programs:

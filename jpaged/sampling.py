@@ -1,8 +1,9 @@
 """Sampling on the device: one token a row, each row by its own parameters, inside the step.
 
-Order as in vLLM: temperature, min_p, top_k, top_p over what is left. All three filters are
-thresholds on the logits, found exactly by bisection on the ordered bits of a float: never a sort
-of the vocabulary, and no value of k or p in a shape. Ties at a threshold all stay.
+Order as in vLLM: what `jpaged.shaping` does, then temperature, min_p, top_k, top_p over what is
+left. All three filters are thresholds on the logits, found exactly by bisection on the ordered
+bits of a float: never a sort of the vocabulary, and no value of k or p in a shape. Ties at a
+threshold all stay.
 """
 
 from typing import NamedTuple
@@ -14,12 +15,12 @@ from jaxtyping import Array, Float, Int32
 from jpaged.state import SamplingRows
 
 MAX_LOGPROBS = 20
-_FORBIDDEN = -1e30
+FORBIDDEN = -1e30  # finite: with -inf, a row that has nothing left becomes NaN
 _CHUNK = 128
 
 
 class TopLogprobs(NamedTuple):
-    """Log-probabilities of the model itself, before temperature and filters."""
+    """Log-probabilities of the model itself, before penalties, temperature and filters."""
 
     sampled: Float[Array, " B"]
     rank: Int32[Array, " B"]  # of the sampled token, 1 is the likeliest
@@ -41,6 +42,13 @@ def sample(
         jnp.any(rows.temperature > 0), _draw, lambda *_: greedy, logits, rows, positions
     )
     return jnp.where(rows.temperature > 0, drawn, greedy)
+
+
+def forbid(logits: Float[Array, "B V"], ids: Int32[Array, "B E"]) -> Float[Array, "B V"]:
+    """Logits with each row's own ids forbidden; -1 is padding."""
+    B, V = logits.shape
+    ids = jnp.where(ids >= 0, ids, V)
+    return logits.at[jnp.arange(B)[:, None], ids].set(FORBIDDEN, mode="drop")
 
 
 def argmax(x: Float[Array, "B V"]) -> Int32[Array, " B"]:
@@ -88,7 +96,7 @@ def filter_logits(logits: Float[Array, "B V"], rows: SamplingRows) -> Float[Arra
     V = logits.shape[-1]
     high = jnp.max(logits, axis=-1, keepdims=True)
     # log(0) = -inf keeps everything; the likeliest token always stays.
-    logits = jnp.where(logits >= high + jnp.log(rows.min_p)[:, None], logits, _FORBIDDEN)
+    logits = jnp.where(logits >= high + jnp.log(rows.min_p)[:, None], logits, FORBIDDEN)
     ordered = _ordered_bits(logits)
 
     def by_count(logits: Array) -> Array:
@@ -98,7 +106,7 @@ def filter_logits(logits: Float[Array, "B V"], rows: SamplingRows) -> Float[Arra
     logits = jax.lax.cond(jnp.any(rows.top_k > 0), by_count, lambda x: x, logits)
 
     def by_mass(logits: Array) -> Array:
-        mass = jnp.where(logits > _FORBIDDEN, jnp.exp(logits - high), 0)
+        mass = jnp.where(logits > FORBIDDEN, jnp.exp(logits - high), 0)
         wanted = rows.top_p * jnp.sum(mass, axis=-1)
         kept = _keep_top(logits, ordered, mass, wanted)
         return jnp.where(rows.top_p[:, None] < 1, kept, logits)
@@ -109,10 +117,7 @@ def filter_logits(logits: Float[Array, "B V"], rows: SamplingRows) -> Float[Arra
 def _forbid_stops(
     logits: Float[Array, "B V"], rows: SamplingRows, early: Array
 ) -> Float[Array, "B V"]:
-    V = logits.shape[-1]
-    ids = jnp.where(early[:, None] & (rows.stop_ids >= 0), rows.stop_ids, V)
-    batch_rows = jnp.arange(logits.shape[0])[:, None]
-    return logits.at[batch_rows, ids].set(_FORBIDDEN, mode="drop")
+    return forbid(logits, jnp.where(early[:, None], rows.stop_ids, -1))
 
 
 def _draw(
@@ -156,4 +161,4 @@ def _keep_top(
 
     bounds = (jnp.min(ordered, axis=-1), jnp.max(ordered, axis=-1))
     low, _ = jax.lax.while_loop(lambda bounds: jnp.any(bounds[0] < bounds[1]), narrow, bounds)
-    return jnp.where(ordered >= low[:, None], logits, _FORBIDDEN)
+    return jnp.where(ordered >= low[:, None], logits, FORBIDDEN)

@@ -3,7 +3,7 @@
 import dataclasses
 
 import jax
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 
 @jax.tree_util.register_dataclass
@@ -47,3 +47,43 @@ class DeviceState:
     block_tables: Int32[Array, "R M"]
     last_tokens: Int32[Array, " R"]
     sampling: SamplingRows
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LogitShape:
+    """What bends each row's logits; exists once a request needs it. Other rows are never read."""
+
+    counts: Int32[Array, "R V"]  # of generated tokens
+    in_prompt: Bool[Array, "R V"]
+    bias: Float[Array, "R V"]  # FORBIDDEN where a token must never come
+    presence: Float[Array, " R"]
+    frequency: Float[Array, " R"]
+    repetition: Float[Array, " R"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ShapeBatch:
+    """What a step's batch has beside it when some of its rows have their logits bent."""
+
+    row_ids: Int32[Array, " B"]  # the row where it does, else R
+    forbidden: Int32[Array, "B E"]  # in this step alone; padded with -1
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ShapeStart:
+    """A row's history and biases, as it starts; what has no room follows in further ones."""
+
+    row: Int32[Array, " 1"]
+    cleared_row: Int32[Array, " 1"]  # the row in its first one, else R
+    base: Float[Array, " 1"]  # bias of all tokens that have none below
+    presence: Float[Array, " 1"]
+    frequency: Float[Array, " 1"]
+    repetition: Float[Array, " 1"]
+    prompt_ids: Int32[Array, " X"]  # padded with V, as the other ids
+    generated_ids: Int32[Array, " X"]
+    counts: Int32[Array, " X"]
+    biased_ids: Int32[Array, " X"]
+    bias: Float[Array, " X"]

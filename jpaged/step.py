@@ -11,12 +11,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int32
 
-from jpaged.batch import packed_size, sampling_spec, unpack_batch
+from jpaged.batch import batch_spec, packed_spec, sampling_spec, unpack, unpack_batch
 from jpaged.buckets import Bucket
 from jpaged.config import EngineConfig
 from jpaged.preparation import preparation_size, unpack_preparation
 from jpaged.sampling import TopLogprobs, sample, top_logprobs
-from jpaged.state import DeviceState, StepBatch
+from jpaged.shape_batch import shape_batch_spec, shape_start_spec
+from jpaged.shaping import count_tokens, shape_logits, start_row, zero_shape
+from jpaged.state import DeviceState, LogitShape, ShapeBatch, StepBatch
 from jpaged_models import Decoder, ModelConfig, Phase, Pools, StepContext
 from pallas_kernels import (
     Backend,
@@ -80,8 +82,7 @@ class Step:
 
     def specs(self, bucket: Bucket) -> tuple[Any, ...]:
         """The shapes and dtypes of a step's arguments."""
-        size = packed_size(bucket, self.config.block_size)
-        packed = jax.ShapeDtypeStruct((size,), np.int32)
+        packed = packed_spec(batch_spec(bucket, self.config.block_size))
         return (self.param_specs, *jax.eval_shape(self.zeros), packed)
 
     def jitted(self, bucket: Bucket, outputs: Outputs = Outputs.TOKENS) -> jax.stages.Wrapped:
@@ -97,6 +98,39 @@ class Step:
         """The shapes and dtypes of a preparation's arguments."""
         packed = jax.ShapeDtypeStruct((preparation_size(self.config.max_num_seqs),), np.int32)
         return (*jax.eval_shape(self.zeros), packed)
+
+    def zero_shape(self) -> LogitShape:
+        """What bends the logits, of rows that bend nothing."""
+        return zero_shape(self.config.max_num_seqs, self.model.vocab_size)
+
+    def shaped_specs(self, bucket: Bucket) -> tuple[Any, ...]:
+        """The shapes and dtypes of a shaped step's arguments."""
+        packed = packed_spec(self._shaped_batch_spec(bucket))
+        shape = jax.eval_shape(self.zero_shape)
+        return (self.param_specs, *jax.eval_shape(self.zeros), shape, packed)
+
+    def jitted_shaped(
+        self, bucket: Bucket, outputs: Outputs = Outputs.TOKENS
+    ) -> jax.stages.Wrapped:
+        """The step of a bucket, of whose rows some have their logits bent.
+
+        `(params, pool, state, shape, packed batches) -> (pool, state, shape, out)`. Compiles once
+        per (bucket, outputs).
+        """
+        step = functools.partial(self._shaped_step, bucket=bucket, outputs=outputs)
+        return jax.jit(step, donate_argnums=(1, 2, 3))
+
+    def shape_start(self) -> jax.stages.Wrapped:
+        """`(shape, packed start) -> shape`: enters what bends the logits of a row."""
+
+        def start(shape: LogitShape, packed: Int32[Array, " X"]) -> LogitShape:
+            return start_row(shape, unpack(packed, shape_start_spec()))
+
+        return jax.jit(start, donate_argnums=0)
+
+    def shape_start_specs(self) -> tuple[Any, ...]:
+        """The shapes and dtypes of a start's arguments."""
+        return jax.eval_shape(self.zero_shape), packed_spec(shape_start_spec())
 
     def _prepare(
         self, pools: Pools, state: DeviceState, packed: Int32[Array, " X"]
@@ -116,25 +150,80 @@ class Step:
         bucket: Bucket,
         outputs: Outputs,
     ) -> tuple[Pools, DeviceState, StepOutput]:
-        decoder = nnx.merge(self._graph, jax.tree.unflatten(self._params_tree, params))
+        decoder = self._decoder(params)
         batch = unpack_batch(packed, bucket, self.config.block_size)
+        hidden, pools, state = self._hidden(decoder, pools, state, batch, bucket)
+        logits = decoder.logits(_last_tokens(hidden, batch, bucket))
+        sampled, state = _sample(logits, state, batch)
+        return pools, state, _output(decoder, hidden, logits, sampled, outputs)
+
+    def _shaped_step(
+        self,
+        params: list[Array],
+        pools: Pools,
+        state: DeviceState,
+        shape: LogitShape,
+        packed: Int32[Array, " X"],
+        *,
+        bucket: Bucket,
+        outputs: Outputs,
+    ) -> tuple[Pools, DeviceState, LogitShape, StepOutput]:
+        """As `_step`, but samples from bent logits, and counts what it sampled."""
+        decoder = self._decoder(params)
+        batch, shape_batch = unpack(packed, self._shaped_batch_spec(bucket))
+        hidden, pools, state = self._hidden(decoder, pools, state, batch, bucket)
+        logits = decoder.logits(_last_tokens(hidden, batch, bucket))
+        sampled, state = _sample(shape_logits(logits, shape, shape_batch), state, batch)
+        shape = count_tokens(shape, batch.sampled_row_ids, sampled)
+        return pools, state, shape, _output(decoder, hidden, logits, sampled, outputs)
+
+    def _shaped_batch_spec(self, bucket: Bucket) -> tuple[StepBatch, ShapeBatch]:
+        return batch_spec(bucket, self.config.block_size), shape_batch_spec(bucket)
+
+    def _decoder(self, params: list[Array]) -> Decoder:
+        return nnx.merge(self._graph, jax.tree.unflatten(self._params_tree, params))
+
+    def _hidden(
+        self, decoder: Decoder, pools: Pools, state: DeviceState, batch: StepBatch, bucket: Bucket
+    ) -> tuple[Float[Array, "T D"], Pools, DeviceState]:
+        """The batch through the network: hidden states, the pool and the state after it."""
         state = _update_rows(state, batch)
         tokens, context = _context(
             batch, state, bucket, block_size=self.config.block_size, backend=self.backend
         )
         hidden, pools = decoder(tokens, pools, context)
-        sampling = hidden if bucket.phase is Phase.DECODE else hidden[batch.logit_tokens]
-        logits = decoder.logits(sampling)
-        rows = jax.tree.map(lambda leaf: leaf.at[batch.row_ids].get(mode="clip"), state.sampling)
-        sampled = sample(logits, rows, batch.seq_lens)
-        last_tokens = state.last_tokens.at[batch.sampled_row_ids].set(sampled, mode="drop")
-        state = dataclasses.replace(state, last_tokens=last_tokens)
-        out = StepOutput(
-            sampled,
-            top_logprobs(logits, sampled) if outputs is Outputs.LOGPROBS else None,
-            decoder.logits(hidden) if outputs is Outputs.LOGITS else None,
-        )
-        return pools, state, out
+        return hidden, pools, state
+
+
+def _last_tokens(
+    hidden: Float[Array, "T D"], batch: StepBatch, bucket: Bucket
+) -> Float[Array, "B D"]:
+    """The hidden states from which rows sample."""
+    return hidden if bucket.phase is Phase.DECODE else hidden[batch.logit_tokens]
+
+
+def _sample(
+    logits: Float[Array, "B V"], state: DeviceState, batch: StepBatch
+) -> tuple[Int32[Array, " B"], DeviceState]:
+    """A token for each row, and the state that holds them."""
+    rows = jax.tree.map(lambda leaf: leaf.at[batch.row_ids].get(mode="clip"), state.sampling)
+    sampled = sample(logits, rows, batch.seq_lens)
+    last_tokens = state.last_tokens.at[batch.sampled_row_ids].set(sampled, mode="drop")
+    return sampled, dataclasses.replace(state, last_tokens=last_tokens)
+
+
+def _output(
+    decoder: Decoder,
+    hidden: Float[Array, "T D"],
+    logits: Float[Array, "B V"],
+    sampled: Int32[Array, " B"],
+    outputs: Outputs,
+) -> StepOutput:
+    return StepOutput(
+        sampled,
+        top_logprobs(logits, sampled) if outputs is Outputs.LOGPROBS else None,
+        decoder.logits(hidden) if outputs is Outputs.LOGITS else None,
+    )
 
 
 def _update_rows(state: DeviceState, batch: StepBatch) -> DeviceState:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from jpaged.bad_words import word_ids
 from jpaged.buckets import Bucket
 from jpaged.config import EngineConfig
 from jpaged.devices import first_device
@@ -153,7 +154,13 @@ def compile_quickly(engine: Engine) -> Engine:
         lowered = runner.step.jitted(bucket, outputs).lower(*runner.step.specs(bucket))
         return lowered.compile({"xla_backend_optimization_level": "0"})
 
+    def compile_shaped(bucket: Bucket, outputs: Outputs) -> jax.stages.Compiled:
+        jitted = runner.step.jitted_shaped(bucket, outputs)
+        lowered = jitted.lower(*runner.step.shaped_specs(bucket))
+        return lowered.compile({"xla_backend_optimization_level": "0"})
+
     runner.compile = compile_bucket
+    runner.compile_shaped = compile_shaped
     return engine
 
 
@@ -172,12 +179,14 @@ def make_request(
     prompt: Sequence[int], params: SamplingParams = GREEDY, *, seed: int = 1, **changes: Any
 ) -> Request:
     """A request of token ids; `changes` are fields of `params` to replace."""
+    params = dataclasses.replace(params, **changes)
     return Request(
         request_id=f"r{next(_request_ids)}",
         prompt=None,
         prompt_token_ids=list(prompt),
-        params=dataclasses.replace(params, **changes),
+        params=params,
         seed=seed,
+        bad_word_ids=word_ids(params.bad_words, None),
     )
 
 

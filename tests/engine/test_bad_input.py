@@ -126,6 +126,11 @@ def test_a_request_that_only_the_pool_refuses_names_both_numbers(llm: LLM):
         ({"min_p": 1.5}, ValueError, "min_p must be"),
         ({"max_tokens": 0}, ValueError, "max_tokens must be"),
         ({"logprobs": 21}, ValueError, "logprobs must be"),
+        ({"presence_penalty": 2.5}, ValueError, "presence_penalty must be from -2.0 to 2.0"),
+        ({"repetition_penalty": 0}, ValueError, "repetition_penalty must be from 0.01 to 100"),
+        ({"logit_bias": {3: 200}}, ValueError, "logit_bias of token 3 must be from -100.0 to 100"),
+        ({"allowed_token_ids": []}, ValueError, "allowed_token_ids must not be empty"),
+        ({"bad_words": [3]}, TypeError, "each of bad_words must be a list of ints, got 3"),
         ({"seed": "lucky"}, TypeError, "seed must be"),
         ({"stop": [""]}, ValueError, "empty"),
         ({"stop": 3}, TypeError, "stop must be"),
@@ -158,6 +163,29 @@ def test_min_tokens_with_more_stop_ids_than_a_row_holds_is_refused(llm: LLM):
 def test_stop_ids_outside_the_vocabulary_are_refused(llm: LLM):
     with pytest.raises(ValueError, match="99 is outside the vocabulary of 53"):
         llm.generate(GOOD, SamplingParams(stop_token_ids=[99]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"logit_bias": {53: 1.0}}, "logit_bias of token id 53 is outside the vocabulary of 53"),
+        ({"allowed_token_ids": [4, 53]}, "allowed token id 53 is outside"),
+        ({"bad_words": [[4, 99]]}, "bad word's token id 99 is outside"),
+        ({"bad_words": [[3, token] for token in range(33)]}, "at most 32 tokens"),
+        ({"bad_words": ["b", [2, 3]], "allowed_token_ids": [1, 3]}, "every one of allowed"),
+        ({"bad_words": [[token] for token in range(53)]}, "may forbid every one"),
+        (
+            {"min_tokens": 1, "stop_token_ids": [4], "allowed_token_ids": [4]},
+            "every one of allowed",
+        ),
+    ],
+    ids=str,
+)
+def test_what_bends_logits_must_fit_the_vocabulary_and_leave_a_token(
+    llm: LLM, options: dict[str, Any], message: str
+):
+    with pytest.raises(ValueError, match=message):
+        llm.generate(GOOD, dataclasses.replace(GREEDY, **options))
 
 
 @pytest.mark.parametrize(

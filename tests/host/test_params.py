@@ -34,7 +34,14 @@ def test_defaults_are_those_of_vllm():
         None,
         None,
     )
+    assert (params.presence_penalty, params.frequency_penalty, params.repetition_penalty) == (
+        0.0,
+        0.0,
+        1.0,
+    )
+    assert (params.logit_bias, params.allowed_token_ids, params.bad_words) == (None, None, ())
     assert not params.greedy
+    assert not params.shapes_logits
 
 
 def test_values_are_stored_in_one_form():
@@ -48,6 +55,29 @@ def test_values_are_stored_in_one_form():
     assert type(params.temperature) is float
     assert SamplingParams(stop=["a", "bc"]).stop == ("a", "bc")
     assert dataclasses.replace(params, temperature=0.5).stop == ("\n\n",)
+
+
+def test_what_bends_logits_is_stored_in_one_form_too():
+    numpy_ids: Any = {"logit_bias": {np.int64(4): 3}, "allowed_token_ids": [4, np.int32(5)]}
+    params = SamplingParams(bad_words=["no ", [3, 4]], **numpy_ids)
+    assert params.logit_bias == {4: 3.0}
+    assert params.allowed_token_ids == (4, 5)
+    assert params.bad_words == ("no ", (3, 4))
+    assert SamplingParams(bad_words="never").bad_words == ("never",)
+    assert SamplingParams(logit_bias={}).logit_bias is None
+    again = dataclasses.replace(params)
+    assert again == params
+    assert hash(again) == hash(params)
+    bending: dict[str, Any] = {
+        "presence_penalty": -0.1,
+        "frequency_penalty": 0.1,
+        "repetition_penalty": 1.1,
+        "logit_bias": {3: 0.5},
+        "allowed_token_ids": [3],
+        "bad_words": [[3]],
+    }
+    for name, value in bending.items():
+        assert SamplingParams(**{name: value}).shapes_logits
 
 
 @pytest.mark.parametrize(
@@ -65,6 +95,22 @@ def test_values_are_stored_in_one_form():
         ("top_k", -2),
         ("min_p", -0.1),
         ("min_p", 1.1),
+        ("presence_penalty", 2.1),
+        ("presence_penalty", -2.1),
+        ("frequency_penalty", 3),
+        ("frequency_penalty", math.nan),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", -1.0),
+        ("repetition_penalty", 101),
+        ("logit_bias", {3: 101}),
+        ("logit_bias", {3: -math.inf}),
+        ("logit_bias", {-3: 1}),
+        ("allowed_token_ids", []),
+        ("allowed_token_ids", [-1]),
+        ("bad_words", ""),
+        ("bad_words", ["a", "  "]),
+        ("bad_words", [[]]),
+        ("bad_words", [[3, -1]]),
         ("seed", 2**64),
         ("seed", -(2**63) - 1),
         ("stop", ""),
@@ -91,6 +137,17 @@ def test_a_value_out_of_range_is_refused_by_name(name: str, value: object):
         ("temperature", False),
         ("top_p", None),
         ("top_k", 2.5),
+        ("presence_penalty", "1"),
+        ("frequency_penalty", None),
+        ("repetition_penalty", True),
+        ("logit_bias", [3, 4]),
+        ("logit_bias", {"3": 1.0}),
+        ("logit_bias", {3: "1"}),
+        ("allowed_token_ids", 3),
+        ("allowed_token_ids", ["3"]),
+        ("bad_words", 3),
+        ("bad_words", [3, 4]),
+        ("bad_words", [["3"]]),
         ("seed", "7"),
         ("stop", 3),
         ("stop", [3]),
