@@ -86,10 +86,14 @@ def interleaved(runs: Mapping[str, Callable[[], object]], *, repeats: int) -> di
 
 def provenance() -> dict[str, object]:
     """The device, the versions and the command, for a benchmark's JSON line."""
+    device = jax.devices()[0]
+    return {"device": device.device_kind, "platform": device.platform, **host_provenance()}
+
+
+def host_provenance() -> dict[str, object]:
+    """The same for a benchmark that leaves the device alone."""
     packages = ("jpaged", "jax", "jaxlib", "flax", "numpy")
     return {
-        "device": jax.devices()[0].device_kind,
-        "platform": jax.devices()[0].platform,
         "host": f"{os.cpu_count()} x {_processor()}",
         "versions": {"python": platform.python_version(), **{p: _version(p) for p in packages}},
         "command": " ".join(["python", "-m", _module_name(), *sys.argv[1:]]),

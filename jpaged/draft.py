@@ -1,5 +1,7 @@
 """A step plan in the making."""
 
+import operator
+
 from jpaged.plan import ScheduledRow, StepPlan
 from jpaged.requests import Sequence
 
@@ -66,7 +68,7 @@ class Draft:
         """The step, with the rows that have one token in front."""
         short = [row for row in self.rows if row.num_tokens == 1]
         # Attention walks a group of rows as far as its longest: rows of a length go together.
-        short.sort(key=lambda row: -row.seq_len)
+        short.sort(key=operator.attrgetter("start"), reverse=True)
         long = [row for row in self.rows if row.num_tokens > 1]
         forks = [row for row in self.rows if row.num_tokens == 0]
         return StepPlan(

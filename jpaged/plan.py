@@ -1,12 +1,12 @@
 """What one step will do, decided before it runs."""
 
 import dataclasses
+from typing import NamedTuple
 
 from jpaged.requests import Sequence
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class ScheduledRow:
+class ScheduledRow(NamedTuple):
     """One sequence's part of a step: its tokens `start` to `start + num_tokens - 1`.
 
     `samples` says that the step reaches the last known token, so that its logits pick the next.

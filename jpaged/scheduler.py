@@ -218,15 +218,22 @@ class Scheduler:
                 continue
             start = sequence.num_computed_tokens
             num_tokens = min(sequence.num_tokens - start, draft.num_left)
-            num_blocks = self._num_new_blocks(sequence, start + num_tokens)
-            while num_blocks > self.pool.num_free and sequence.row is not None:
-                self._preempt_latest(draft)
-                # Whoever gave up may have been the last to share the block that is written next.
-                num_blocks = self._num_new_blocks(sequence, start + num_tokens)
-            if sequence.row is not None:
-                columns = self._own_tail(sequence, draft) + self._grow(sequence, start + num_tokens)
-                draft.add(sequence, num_tokens, columns)
-                self._register(sequence, start, start + num_tokens)
+            end = start + num_tokens
+            columns = []
+            if self._num_new_blocks(sequence, end):  # of sixteen decodes, one needs a block
+                self._make_room(sequence, end, draft)
+                if sequence.row is None:
+                    continue
+                columns = self._own_tail(sequence, draft) + self._grow(sequence, end)
+            draft.add(sequence, num_tokens, columns)
+            self._register(sequence, start, end)
+
+    def _make_room(self, sequence: Sequence, end: int, draft: Draft) -> None:
+        """Preempts until there are blocks for the tokens before `end`, or the sequence is gone."""
+        # Asked anew each time: whoever gave up may have been the last to share the block that is
+        # written next.
+        while sequence.row is not None and self._num_new_blocks(sequence, end) > self.pool.num_free:
+            self._preempt_latest(draft)
 
     def _admit_waiting(self, draft: Draft) -> None:
         """Starts waiting sequences in order, while all their known tokens have free blocks."""
@@ -308,8 +315,9 @@ class Scheduler:
     def _grow(self, sequence: Sequence, num_tokens: int) -> list[tuple[int, int]]:
         """Allocates what `num_tokens` tokens need: the (column, block) pairs that are new."""
         num_held = len(sequence.block_ids)
-        sequence.block_ids += self.pool.allocate(self.config.blocks_for(num_tokens) - num_held)
-        return list(enumerate(sequence.block_ids))[num_held:]
+        new_ids = self.pool.allocate(self.config.blocks_for(num_tokens) - num_held)
+        sequence.block_ids += new_ids
+        return list(enumerate(new_ids, num_held))
 
     def _find_prefix(self, sequence: Sequence) -> Hit:
         if not self.config.enable_prefix_caching:
@@ -317,8 +325,9 @@ class Scheduler:
         return find_prefix(self.pool.cache, sequence, self.config.block_size)
 
     def _register(self, sequence: Sequence, start: int, end: int) -> None:
-        if self.config.enable_prefix_caching:
-            register_filled(self.pool.cache, sequence, start, end, self.config.block_size)
+        size = self.config.block_size
+        if self.config.enable_prefix_caching and start // size < end // size:
+            register_filled(self.pool.cache, sequence, start, end, size)
 
     def _preempt_latest(self, draft: Draft) -> None:
         """Sends the latest arrival back to the head of the queue, to be computed again."""

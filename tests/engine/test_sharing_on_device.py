@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.oracle import Oracle, WatchedScheduler
 from jpaged.config import EngineConfig
 from jpaged.engine import Engine
 from jpaged.plan import ScheduledRow
@@ -27,7 +28,6 @@ from tests.helpers import (
     tiny_decoder,
     tiny_engine,
 )
-from tests.host.oracle import Oracle, WatchedScheduler
 from tests.host.test_sharing import busy_run
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import tokenizers
 
+from benchmarks.oracle import WatchedScheduler
 from jpaged.config import EngineConfig
 from jpaged.detokenize import Detokenizer
 from jpaged.invariants import check
@@ -18,7 +19,6 @@ from jpaged.params import SamplingParams
 from jpaged.plan import StepPlan
 from jpaged.requests import Request, Sequence
 from jpaged.scheduler import Scheduler
-from tests.host.oracle import WatchedScheduler
 
 LETTERS = "abcdefg"  # token i is the i-th letter
 EOS = 6

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.oracle import Oracle, WatchedScheduler
 from jpaged import prefix_cache
 from jpaged import scheduler as scheduler_module
 from jpaged.blocks import BlockPool
@@ -15,7 +16,6 @@ from jpaged.plan import StepPlan
 from jpaged.prefix_cache import PrefixCache, chain_digests, root_digest
 from jpaged.requests import Request
 from jpaged.stats import collect_stats
-from tests.host.oracle import Oracle, WatchedScheduler
 from tests.host.scripted import make_request, make_scheduler, run_to_end, step
 
 

@@ -4,6 +4,7 @@ Each slot of the pool holds a number that stands for a whole history of tokens, 
 freed too early, shared wrongly, not copied or copied too late shows at once.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,11 @@ class Oracle:
         for token in sequence.token_ids[len(known) :]:
             known.append(hash((known[-1] if known else salt, token)))
         return np.array(known, np.int64)
+
+    def forget(self, sequences: Iterable[Sequence]) -> None:
+        """Drops what is remembered of sequences that have ended."""
+        for sequence in sequences:
+            self._histories.pop(sequence, None)
 
 
 class WatchedScheduler(Scheduler):

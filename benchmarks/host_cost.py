@@ -1,0 +1,104 @@
+"""What the host's bookkeeping costs: planning a step, handing out blocks, hashing a prompt."""
+
+import dataclasses
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+
+from benchmarks.lengths import RequestLengths
+from benchmarks.scripted import requests_of
+from jpaged.blocks import BlockPool
+from jpaged.config import EngineConfig
+from jpaged.prefix_cache import PrefixCache, chain_digests, root_digest
+from jpaged.scheduler import Scheduler
+
+NUM_ROWS = 256
+NUM_WAITING = 10_000
+NUM_HASHED = 100_000  # tokens
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HostCost:
+    """Medians; the two `schedule_ms` are of steps that took turns."""
+
+    schedule_ms: float  # `schedule()`, the plan included, with 256 decodes
+    schedule_queued_ms: float  # the same while 10,000 requests wait
+    schedule_blocked_ms: float  # and while it is blocks, not rows, that they wait for
+    commit_ms: float
+    pairs_per_s: float  # blocks allocated and freed
+    hash_ms: float  # a prompt of 100,000 tokens
+
+
+def host_cost(*, block_size: int, repeats: int) -> HostCost:
+    """Times each piece `repeats` times."""
+    roomy = NUM_ROWS * (2 + (512 + repeats) // block_size)
+    # A third more rows than run, and few blocks beyond those that they will hold.
+    tight = NUM_ROWS * (1 + (512 + repeats) // block_size)
+    schedulers = (
+        _decoding(0, block_size, num_blocks=roomy, num_rows=NUM_ROWS),
+        _decoding(NUM_WAITING, block_size, num_blocks=roomy, num_rows=NUM_ROWS),
+        _decoding(NUM_WAITING, block_size, num_blocks=tight, num_rows=NUM_ROWS * 4 // 3),
+    )
+    schedules: tuple[list[float], ...] = ([], [], [])
+    commits = []
+    for _ in range(repeats):
+        for scheduler, seconds in zip(schedulers, schedules, strict=True):
+            start = time.perf_counter()
+            plan = scheduler.schedule()
+            planned = time.perf_counter()
+            assert plan is not None, "the rows decode for longer than this"
+            assert len(plan.rows) == plan.num_decodes == NUM_ROWS, "nothing but 256 decodes"
+            scheduler.commit(plan, [1] * NUM_ROWS)
+            seconds.append(planned - start)
+            commits.append(time.perf_counter() - planned)
+    pool = BlockPool(10_001, PrefixCache())
+    token_ids = list(range(NUM_HASHED))
+    root = root_digest(None)
+    schedule, queued, blocked = (statistics.median(seconds) * 1e3 for seconds in schedules)
+    return HostCost(
+        schedule_ms=schedule,
+        schedule_queued_ms=queued,
+        schedule_blocked_ms=blocked,
+        commit_ms=statistics.median(commits) * 1e3,
+        pairs_per_s=10_000 / _median(lambda: pool.free(pool.allocate(10_000)), repeats),
+        hash_ms=_median(lambda: chain_digests(root, token_ids, block_size), repeats) * 1e3,
+    )
+
+
+def _decoding(num_waiting: int, block_size: int, *, num_blocks: int, num_rows: int) -> Scheduler:
+    """A scheduler in the middle of 256 answers, and requests behind them."""
+    running = [
+        RequestLengths(input_tokens=490 + index % block_size, output_tokens=3_000)
+        for index in range(NUM_ROWS)
+    ]
+    # The first of them is so long that it finds no room beside 256 rows.
+    sizes = [16_000, *[100] * num_waiting][:num_waiting]
+    waiting = [RequestLengths(input_tokens=size, output_tokens=10) for size in sizes]
+    scheduler = Scheduler(
+        EngineConfig(
+            block_size=block_size,
+            num_blocks=num_blocks + 1,
+            max_num_seqs=num_rows,
+            max_num_batched_tokens=1 << 20,
+            max_model_len=20_000,
+        )
+    )
+    requests = requests_of([*running, *waiting])
+    for request in itertools.islice(requests, NUM_ROWS):
+        scheduler.add(request)
+    plan = scheduler.schedule()
+    assert plan is not None
+    scheduler.commit(plan, [1] * NUM_ROWS)
+    for request in requests:
+        scheduler.add(request)
+    return scheduler
+
+
+def _median(run: Callable[[], object], repeats: int) -> float:
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)

@@ -1,0 +1,240 @@
+"""Where key/value memory goes under paging and under reservation, and what paging costs the host.
+
+python -m benchmarks.memory [--trace FILE ...] [--plot FILE.png]
+
+No device and no model: the engine's own scheduler runs requests whose lengths are a trace's, or
+drawn from laws fitted to real traces, in a pool that is always full. A step is a unit of time; it
+computes whole prompts, or one token of each sequence that runs. The pool holds as many tokens as
+--slabs of the longest request. Averages leave out the beginning, in which all requests are young,
+and the end, in which none waits. Shared tokens count once, and blocks nobody refers to are free.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import sys
+
+from benchmarks.contiguous import Buddies, FirstFit, Shares, Slabs, reserve
+from benchmarks.host_cost import HostCost, host_cost
+from benchmarks.lengths import LAWS, RequestLengths, law_lengths, read_trace
+from benchmarks.measure import host_provenance
+from benchmarks.plot import draw, has_matplotlib
+from benchmarks.replay import Hits, read_prompts, replay
+from benchmarks.saturate import Saturated, Saving, saturate, save
+
+PAPER = {"maximum": 0.204, "power of 2": 0.268, "oracle": 0.382, "blocks": 0.963}  # effective
+PARTS = ("waste", "sharing", "hits", "cost")
+BARS = {
+    "waste": "within 5 % of theory",
+    "running": "at least 97 % of reservation / mean resident tokens",
+    "sharing": "within 1 point of theory",
+    "hits": "within 2 points of an ideal LRU",
+    "schedule_ms": 0.5,
+    "queue": "10,000 waiting requests change schedule() by less than 10 %",
+    "pairs_per_s": 3e6,
+    "hash_ms": 10,
+}
+
+
+def main() -> None:
+    """Prints tables for people and, last, one JSON line."""
+    options = _options()
+    reports, hits, cost = [], [], None
+    for name, lengths in _all_lengths(options):
+        report: dict = {"lengths": name, "requests": len(lengths)}
+        longest = max(pair.input_tokens + pair.output_tokens for pair in lengths)
+        num_slots = options.slabs * longest // options.block_size * options.block_size
+        report |= {"longest": longest, "pool_tokens": num_slots}
+        print(
+            f"\n{name}: {len(lengths)} requests, the longest {longest} tokens (input + output); "
+            f"a pool of {num_slots} tokens",
+            flush=True,
+        )
+        if "waste" in options.parts:
+            report |= _waste(lengths, options, num_slots=num_slots, longest=longest)
+        if "sharing" in options.parts:
+            report |= _sharing(lengths[: options.sharing_requests], options, num_slots=num_slots)
+        reports.append(report)
+    for path in options.trace:
+        if "hits" in options.parts and path.endswith(".jsonl"):
+            hits += _hits(path, options)
+    if "cost" in options.parts:
+        cost = _cost(options)
+    if options.plot:
+        _plot(reports, options.plot)
+    figures = {"reports": reports, "hits": hits, "cost": cost}
+    print(json.dumps({"benchmark": "memory", "bars": BARS, **figures, **host_provenance()}))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.memory",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--trace", nargs="+", default=[], help="CSV with input_tokens, output_tokens; or Mooncake")
+    add("--parts", nargs="+", choices=PARTS, default=PARTS)
+    add("--requests", type=int, default=20_000, help="of each trace or law, at most")
+    add("--sharing-requests", type=int, default=1_000, help="of these, with n answers each")
+    add("--slabs", type=int, default=32, help="longest requests that the pool holds")
+    add("--block-size", type=int, default=16)
+    add("--parallel", type=int, nargs="+", default=[2, 4, 6], help="answers to a prompt")
+    add("--hit-block-size", type=int, default=128, choices=(8, 16, 32, 64, 128))
+    add(
+        "--hit-blocks",
+        type=int,
+        nargs="+",
+        default=[1_000, 4_000, 16_000, 64_000],
+        help="usable blocks of the pools that a Mooncake trace is replayed with",
+    )
+    add("--repeats", type=int, default=50, help="of each timing")
+    add("--seed", type=int, default=0)
+    add("--plot", help="PNG to draw; needs matplotlib")
+    options = parser.parse_args()
+    if options.plot and "waste" not in options.parts:
+        parser.error("--plot draws the part named waste")
+    return options
+
+
+def _all_lengths(options: argparse.Namespace) -> list[tuple[str, list[RequestLengths]]]:
+    if not {"waste", "sharing"} & set(options.parts):
+        return []
+    if options.trace:
+        return [
+            (pathlib.Path(path).name, read_trace(path)[: options.requests])
+            for path in options.trace
+        ]
+    return [
+        (f"{law} law, seed {options.seed}", law_lengths(law, options.requests, seed=options.seed))
+        for law in LAWS
+    ]
+
+
+def _waste(
+    lengths: list[RequestLengths], options: argparse.Namespace, *, num_slots: int, longest: int
+) -> dict:
+    paged = saturate(lengths, num_slots=num_slots, block_size=options.block_size)
+    shares = {
+        "maximum": reserve(lengths, Slabs(num_slots, longest), num_slots=num_slots),
+        "power of 2": reserve(lengths, Buddies(num_slots), num_slots=num_slots),
+        "oracle": reserve(lengths, FirstFit(num_slots), num_slots=num_slots),
+        "blocks": paged.shares,
+    }
+    at_once = paged.shares.running / shares["maximum"].running
+    ideal = longest / paged.resident_tokens
+    _print_shares(shares)
+    lost = 1 - shares["maximum"].effective
+    print(
+        f"  maximum reservation wastes {lost:.1%} (the paper: 60 to 80 %)\n"
+        f"  waste {paged.waste:.3%}, theory {paged.theory:.3%} at {paged.resident_tokens:.0f} "
+        f"resident tokens{_verdict(abs(paged.waste / paged.theory - 1) <= 0.05)}; "
+        f"{paged.steps} steps, {paged.preemptions} preemptions\n"
+        f"  at once {at_once:.2f}x maximum reservation, ideal {ideal:.2f}x: "
+        f"{at_once / ideal:.1%}{_verdict(at_once >= 0.97 * ideal)}",
+        flush=True,
+    )
+    return _as_report(paged) | {
+        "shares": {name: dataclasses.asdict(share) for name, share in shares.items()},
+        "maximum_wastes": lost,
+        "at_once": at_once,
+        "at_once_ideal": ideal,
+        "at_once_of_ideal": at_once / ideal,
+    }
+
+
+def _as_report(paged: Saturated) -> dict:
+    return {
+        "waste": paged.waste,
+        "waste_theory": paged.theory,
+        "resident_tokens": paged.resident_tokens,
+        "preemptions": paged.preemptions,
+        "steps": paged.steps,
+    }
+
+
+def _print_shares(shares: dict[str, Shares]) -> None:
+    print(
+        f"  {'':12} {'effective':>10} {'reserved':>9} {'internal':>9} {'external':>9} "
+        f"{'running':>8} {'paper, effective':>17}"
+    )
+    for name, share in shares.items():
+        print(
+            f"  {name:12} {share.effective:10.1%} {share.reserved:9.1%} {share.internal:9.1%} "
+            f"{share.external:9.1%} {share.running:8.1f} {PAPER[name]:17.1%}"
+        )
+
+
+def _sharing(lengths: list[RequestLengths], options: argparse.Namespace, *, num_slots: int) -> dict:
+    savings: list[Saving] = []
+    for n in options.parallel:
+        saving = save(lengths, n, num_slots=num_slots, block_size=options.block_size)
+        savings.append(saving)
+        print(
+            f"  n={n} saves {saving.measured:.1%} of blocks, theory {saving.theory:.1%}"
+            f"{_verdict(abs(saving.measured - saving.theory) <= 0.01)}; "
+            f"{saving.copied_blocks} blocks copied, {saving.preemptions} preemptions",
+            flush=True,
+        )
+    return {"sharing": [dataclasses.asdict(saving) for saving in savings]}
+
+
+def _hits(path: str, options: argparse.Namespace) -> list[dict]:
+    size = options.hit_block_size
+    prompts = read_prompts(path, options.requests)
+    print(
+        f"\nprefix hits of {len(prompts)} prompts of {pathlib.Path(path).name}, one after another, "
+        f"one token each, blocks of {size}\n"
+        f"  {'pool':>10} {'hits':>7} {'ideal LRU':>10}     {'of 512-token pieces':>20} {'ideal':>7}"
+    )
+    longest = -(-(1 + max(prompt.num_tokens for prompt in prompts)) // size)
+    all_hits: list[Hits] = []
+    for num_blocks in (*options.hit_blocks, None):
+        if num_blocks is not None and num_blocks < longest:
+            print(f"  {num_blocks:10} passed over: the longest prompt takes {longest} blocks")
+            continue
+        hits = replay(prompts, num_blocks=num_blocks, block_size=size)
+        all_hits.append(hits)
+        print(
+            f"  {num_blocks or 'unbounded':>10} {hits.measured:7.2%} {hits.ideal:10.2%}"
+            f"{_verdict(abs(hits.measured - hits.ideal) <= 0.02)} "
+            f"{hits.pieces:20.2%} {hits.ideal_pieces:7.2%}",
+            flush=True,
+        )
+    return [{"trace": path, "block_size": size} | dataclasses.asdict(hits) for hits in all_hits]
+
+
+def _cost(options: argparse.Namespace) -> dict:
+    cost: HostCost = host_cost(block_size=options.block_size, repeats=options.repeats)
+    worst = max(cost.schedule_queued_ms, cost.schedule_blocked_ms)
+    print(
+        f"\nhost, medians of {options.repeats}\n"
+        f"  schedule() with 256 decodes {cost.schedule_ms:.3f} ms"
+        f"{_verdict(cost.schedule_ms <= 0.5)}; commit() {cost.commit_ms:.3f} ms\n"
+        f"  with 10,000 waiting for rows {cost.schedule_queued_ms:.3f} ms, for blocks "
+        f"{cost.schedule_blocked_ms:.3f} ms{_verdict(worst < 1.1 * cost.schedule_ms)}\n"
+        f"  allocate + free {cost.pairs_per_s / 1e6:.1f} million blocks a second"
+        f"{_verdict(cost.pairs_per_s >= 3e6)}\n"
+        f"  hashing 100,000 tokens {cost.hash_ms:.2f} ms{_verdict(cost.hash_ms <= 10)}",
+        flush=True,
+    )
+    return dataclasses.asdict(cost)
+
+
+def _plot(reports: list[dict], path: str) -> None:
+    if has_matplotlib():
+        draw(reports, path)
+        print(f"\ndrawn: {path}")
+    else:
+        print(
+            f"{path} is not drawn: matplotlib is missing; pip install matplotlib", file=sys.stderr
+        )
+
+
+def _verdict(met: bool) -> str:
+    return " (met)" if met else " (MISSED)"
+
+
+if __name__ == "__main__":
+    main()
