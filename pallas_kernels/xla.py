@@ -61,6 +61,7 @@ def paged_decode(
         found = _decode_group(
             take(q_groups), pool, take(tables), take(lens), scale, window, soft_cap
         )
+        found = found.astype(out.dtype)  # the group worked in the pool's dtype
         return jax.lax.dynamic_update_slice_in_dim(out, found, group * rows, 0)
 
     live_groups = jnp.max(jnp.where(lens > 0, jnp.arange(groups * rows) // rows + 1, 0))

@@ -173,9 +173,18 @@ def test_head_sizes_and_dtypes_of_the_pool_agree_with_dense_attention(head_size:
     expected = dense(exact)[: case.batch.query_starts[-1]]
     half = dataclasses.replace(exact, pool=pool.astype(dtype))
     for backend in BACKENDS:
-        if backend is Backend.XLA and dtype == "bfloat16":
-            continue  # rounds the query to the pool's dtype, as a matrix unit wants it
-        assert_close(run(half, backend), expected, TOLERANCES["float32"].attention, backend.value)
+        # `xla` rounds the query to the pool's dtype, as a matrix unit wants it.
+        works_in = dtype if backend is Backend.XLA else "float32"
+        assert_close(run(half, backend), expected, TOLERANCES[works_in].attention, backend.value)
+
+
+@each_backend
+def test_the_answer_has_the_querys_dtype_whatever_the_pools(backend: Backend):
+    case = make_case([(1, 17), (7, 23)])
+    out = run(dataclasses.replace(case, q=case.q.astype(jnp.bfloat16)), backend)
+    assert out.dtype == jnp.bfloat16
+    expected = dense(case)[: len(out)]
+    assert_close(out.astype(np.float32), expected, TOLERANCES["bfloat16"].attention)
 
 
 def test_more_decode_rows_than_a_group_agree_with_dense_attention():
