@@ -26,15 +26,19 @@ class BuildError(Exception):
 @functools.cache
 def library() -> ctypes.CDLL:
     """The compiled kernel, from the cache or from the compiler. Raises BuildError."""
+    try:
+        return _found_or_compiled()
+    except (OSError, RuntimeError) as error:  # no home, a folder that is not ours, no such program
+        raise BuildError(str(error)) from error
+
+
+def _found_or_compiled() -> ctypes.CDLL:
     compiler = _compiler()
     file = _cache_folder() / f"paged_attention-{_key(compiler)}.so"
     if not file.exists():
         print("jpaged: compiling the CPU attention kernel, once", file=sys.stderr)
         _compile(compiler, file)
-    try:
-        return ctypes.CDLL(str(file))
-    except OSError as error:
-        raise BuildError(f"{file} does not load: {error}") from error
+    return ctypes.CDLL(str(file))
 
 
 def _compiler() -> str:

@@ -60,6 +60,18 @@ def test_a_compiler_that_fails_is_named_and_leaves_nothing(
     assert not list((tmp_path / ".cache" / "jpaged" / "kernels").iterdir())
 
 
+def test_a_compiler_that_cannot_be_run_leaves_xla(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+):
+    compiler = tmp_path / "not-a-program"
+    compiler.write_text("rubbish")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(BuildError, match="Exec format error"):
+        library()
+    assert default_backend("cpu") is Backend.XLA
+
+
 @pytest.mark.parametrize(("name", "platform"), [("cpu", "gpu"), ("pallas-tpu", "cpu")])
 def test_a_backend_of_another_platform_is_refused(name: str, platform: str):
     with pytest.raises(ValueError, match=f"attention_backend='{name}' needs a"):
