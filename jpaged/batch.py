@@ -53,6 +53,11 @@ def packed_spec(spec: PyTree) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((sum(leaf.size for leaf in jax.tree.leaves(spec)),), np.int32)
 
 
+def host_zeros(spec: PyTree) -> Any:
+    """Host arrays of these specs, to be filled and packed."""
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), spec)
+
+
 def pack(arrays: PyTree) -> np.ndarray:
     """Host arrays of 4-byte words as one int32 vector."""
     return np.concatenate([leaf.reshape(-1).view(np.int32) for leaf in jax.tree.leaves(arrays)])
@@ -93,8 +98,7 @@ def pack_batch(
 
     `updates` are those of `table_updates` that are still to be made, as many as the bucket holds.
     """
-    spec = batch_spec(bucket, block_size)
-    batch = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), spec)
+    batch = host_zeros(batch_spec(bucket, block_size))
     batch.table_updates[:, 0] = padding_row
     for ids in (batch.row_ids, batch.sampled_row_ids, batch.new_row_ids):
         ids[:] = padding_row

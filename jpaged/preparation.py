@@ -5,16 +5,25 @@ found a long prefix in the cache get more entries than a step's own batch has ro
 """
 
 from collections.abc import Iterator
+from typing import Any
 
+import jax
 import numpy as np
-from jaxtyping import Array, Int32
+
+from jpaged.batch import host_zeros, pack
+from jpaged.state import Preparation
 
 MAX_UPDATES = 1024  # table entries of one preparation
 
 
-def preparation_size(max_num_seqs: int) -> int:
-    """Words in a packed preparation; a step copies at most one block for each of its rows."""
-    return 1 + 2 * max_num_seqs + 3 * MAX_UPDATES
+def preparation_spec(max_num_seqs: int) -> Preparation:
+    """The shapes and dtypes of a preparation; a step copies at most one block for each row."""
+    make: Any = Preparation  # of specs here, of arrays elsewhere
+    return make(
+        num_copies=jax.ShapeDtypeStruct((1,), np.int32),
+        copies=jax.ShapeDtypeStruct((max_num_seqs, 2), np.int32),
+        table_updates=jax.ShapeDtypeStruct((MAX_UPDATES, 3), np.int32),
+    )
 
 
 def pack_preparations(
@@ -25,20 +34,11 @@ def pack_preparations(
 ) -> Iterator[np.ndarray]:
     """As many vectors as it takes, none where there is nothing to do; the first has the copies."""
     while copies or updates:
-        packed = np.zeros(preparation_size(max_num_seqs), np.int32)
-        entries = packed[1 + 2 * max_num_seqs :].reshape(-1, 3)
-        entries[:, 0] = max_num_seqs  # a row that does not exist
-        packed[0] = len(copies)
-        packed[1 : 1 + 2 * len(copies)] = np.reshape(copies, -1)
+        preparation = host_zeros(preparation_spec(max_num_seqs))
+        preparation.table_updates[:, 0] = max_num_seqs  # a row that does not exist
+        preparation.num_copies[0] = len(copies)
+        preparation.copies[: len(copies)] = np.reshape(copies, (-1, 2))
         taken = updates[:MAX_UPDATES]
-        entries[: len(taken)] = np.reshape(taken, (-1, 3))
-        yield packed
+        preparation.table_updates[: len(taken)] = np.reshape(taken, (-1, 3))
+        yield pack(preparation)
         copies, updates = (), updates[MAX_UPDATES:]
-
-
-def unpack_preparation(
-    packed: Int32[Array, " X"], max_num_seqs: int
-) -> tuple[Int32[Array, "C 2"], Int32[Array, ""], Int32[Array, "U 3"]]:
-    """The copies, how many of them count, and the table entries; runs inside jit."""
-    copies = packed[1 : 1 + 2 * max_num_seqs].reshape(-1, 2)
-    return copies, packed[0], packed[1 + 2 * max_num_seqs :].reshape(-1, 3)

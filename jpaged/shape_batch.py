@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jpaged.bad_words import always_forbidden, forbidden_next
-from jpaged.batch import pack
+from jpaged.batch import host_zeros, pack
 from jpaged.buckets import Bucket
 from jpaged.plan import ScheduledRow, StepPlan
 from jpaged.requests import Request
@@ -60,7 +60,7 @@ def shaping_rows(plan: StepPlan) -> list[ScheduledRow]:
 
 def pack_shape_batch(plan: StepPlan, bucket: Bucket, *, padding_row: int) -> np.ndarray:
     """The rows that bend their logits in this step, and what longer bad words forbid in it."""
-    batch = _host_arrays(shape_batch_spec(bucket))
+    batch = host_zeros(shape_batch_spec(bucket))
     batch.row_ids[:] = padding_row
     batch.forbidden[:] = -1
     for i, scheduled in enumerate(plan.rows):
@@ -90,7 +90,7 @@ def pack_shape_starts(
     longest = max(len(prompt_ids), len(counts), len(biases), 1)
     for first in range(0, longest, MAX_ENTRIES):
         entries = slice(first, first + MAX_ENTRIES)
-        start = _host_arrays(shape_start_spec())
+        start = host_zeros(shape_start_spec())
         start.row[0] = scheduled.row
         start.cleared_row[0] = padding_row if first else scheduled.row
         start.base[0] = 0.0 if params.allowed_token_ids is None else FORBIDDEN
@@ -114,10 +114,6 @@ def _biases(request: Request) -> dict[int, float]:
     if allowed is not None:
         biases = {token: biases.get(token, 0.0) for token in allowed}
     return biases | dict.fromkeys(always_forbidden(request.bad_word_ids), FORBIDDEN)
-
-
-def _host_arrays(spec: Any) -> Any:
-    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), spec)
 
 
 def _fill(array: np.ndarray, values: list) -> None:

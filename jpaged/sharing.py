@@ -49,8 +49,6 @@ def register_filled(
 ) -> None:
     """Makes known the blocks that writing the tokens `start` to `end - 1` fills."""
     first, last = start // block_size, end // block_size
-    if first == last:
-        return
     digests = digests_of(sequence, last, block_size)
     root = _root(sequence)
     for index in range(first, last):

@@ -41,6 +41,16 @@ class StepBatch:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Preparation:
+    """What is done before a step: the first `num_copies` block copies, and table entries."""
+
+    num_copies: Int32[Array, " 1"]
+    copies: Int32[Array, "R 2"]  # source, destination
+    table_updates: Int32[Array, "U 3"]  # row, column, block id; row R is padding
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class DeviceState:
     """A row per running sequence; block tables change only by what a step's batch says."""
 

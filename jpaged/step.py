@@ -7,14 +7,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int32
 
 from jpaged.batch import batch_spec, packed_spec, sampling_spec, unpack, unpack_batch
 from jpaged.buckets import Bucket
 from jpaged.config import EngineConfig
-from jpaged.preparation import preparation_size, unpack_preparation
+from jpaged.preparation import preparation_spec
 from jpaged.sampling import TopLogprobs, sample, top_logprobs
 from jpaged.shape_batch import shape_batch_spec, shape_start_spec
 from jpaged.shaping import count_tokens, shape_logits, start_row, zero_shape
@@ -96,7 +95,7 @@ class Step:
 
     def preparation_specs(self) -> tuple[Any, ...]:
         """The shapes and dtypes of a preparation's arguments."""
-        packed = jax.ShapeDtypeStruct((preparation_size(self.config.max_num_seqs),), np.int32)
+        packed = packed_spec(preparation_spec(self.config.max_num_seqs))
         return (*jax.eval_shape(self.zeros), packed)
 
     def zero_shape(self) -> LogitShape:
@@ -135,9 +134,9 @@ class Step:
     def _prepare(
         self, pools: Pools, state: DeviceState, packed: Int32[Array, " X"]
     ) -> tuple[Pools, DeviceState]:
-        copies, num_copies, updates = unpack_preparation(packed, self.config.max_num_seqs)
-        pools = copy_blocks(pools, copies, num_copies)
-        tables = _enter(state.block_tables, updates)
+        preparation = unpack(packed, preparation_spec(self.config.max_num_seqs))
+        pools = copy_blocks(pools, preparation.copies, preparation.num_copies[0])
+        tables = _enter(state.block_tables, preparation.table_updates)
         return pools, dataclasses.replace(state, block_tables=tables)
 
     def _step(

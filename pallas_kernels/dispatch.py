@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels import reference, xla
 from pallas_kernels.cpu import attention as cpu
 from pallas_kernels.cpu.build import BuildError
-from pallas_kernels.layout import PagedBatch
+from pallas_kernels.layout import PagedBatch, decode_batch
 from pallas_kernels.tpu import decode as tpu_decode
 
 
@@ -83,8 +83,10 @@ def paged_decode(
         return tpu_decode.paged_decode(
             q, pool, block_tables, seq_lens, interpret=interpret, **options
         )
-    module = {Backend.REFERENCE: reference, Backend.XLA: xla, Backend.CPU: cpu}[backend]
-    return module.paged_decode(q, pool, block_tables, seq_lens, **options)
+    if backend is Backend.XLA:
+        return xla.paged_decode(q, pool, block_tables, seq_lens, **options)
+    batch = decode_batch(block_tables, seq_lens)
+    return paged_attention(q, pool, batch, backend=backend, **options)
 
 
 def paged_attention(

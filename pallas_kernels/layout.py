@@ -38,6 +38,13 @@ class PagedBatch:
     num_decodes: Int32[Array, ""]
 
 
+def decode_batch(block_tables: Int32[Array, "B M"], seq_lens: Int32[Array, " B"]) -> PagedBatch:
+    """A batch of one token a row; rows of length 0 see nothing, wherever they stand."""
+    B = seq_lens.shape[0]
+    starts = jnp.arange(B + 1, dtype=jnp.int32)
+    return PagedBatch(block_tables, starts, seq_lens, jnp.int32(B))
+
+
 def rows_of_tokens(batch: PagedBatch, num_tokens: int) -> Int32[Array, " T"]:
     """Each token's row; padding tokens get the number of rows, which no row has."""
     tokens_T = jnp.arange(num_tokens, dtype=jnp.int32)

@@ -42,23 +42,6 @@ def paged_attention(
     return jax.lax.map(attend, jnp.arange(T))
 
 
-def paged_decode(
-    q: Float[Array, "B N H"],
-    pool: Float[Array, "P K S W"],
-    block_tables: Int32[Array, "B M"],
-    seq_lens: Int32[Array, " B"],
-    *,
-    scale: float,
-    window: int | None = None,
-    soft_cap: float | None = None,
-) -> Float[Array, "B N H"]:
-    """Attention of one query token a row; a row of length 0 gives zeros."""
-    starts = jnp.arange(q.shape[0] + 1, dtype=jnp.int32)
-    batch = PagedBatch(block_tables, starts, seq_lens, jnp.int32(q.shape[0]))
-    out = paged_attention(q, pool, batch, scale=scale, window=window, soft_cap=soft_cap)
-    return jnp.where(seq_lens[:, None, None] > 0, out, 0)
-
-
 def write_kv(
     pool: Float[Array, "P K S W"],
     k: Float[Array, "T K H"],

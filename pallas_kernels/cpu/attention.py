@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float
 
 from pallas_kernels.cpu.build import library
 from pallas_kernels.layout import PagedBatch
@@ -46,19 +46,3 @@ def paged_attention(
         soft_cap=np.float32(soft_cap or 0),
     )
     return out.astype(q.dtype)
-
-
-def paged_decode(
-    q: Float[Array, "B N H"],
-    pool: Float[Array, "P K S W"],
-    block_tables: Int32[Array, "B M"],
-    seq_lens: Int32[Array, " B"],
-    *,
-    scale: float,
-    window: int | None = None,
-    soft_cap: float | None = None,
-) -> Float[Array, "B N H"]:
-    """Attention of one query token a row; a row of length 0 gives zeros."""
-    starts = jnp.arange(q.shape[0] + 1, dtype=jnp.int32)
-    batch = PagedBatch(block_tables, starts, seq_lens, jnp.int32(q.shape[0]))
-    return paged_attention(q, pool, batch, scale=scale, window=window, soft_cap=soft_cap)
