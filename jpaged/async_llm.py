@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from jpaged.errors import EngineFailedError
-from jpaged.llm import LLM
+from jpaged.llm import LLM, check_options
 from jpaged.outputs import RequestOutput, request_output
 from jpaged.params import SamplingParams
 from jpaged.prompts import Prompt
@@ -30,11 +30,13 @@ class AsyncLLM:
         options: as `LLM` takes them (dtype, block_size, num_blocks, max_num_seqs, ...).
 
     Raises:
-        TypeError: an option is unknown.
+        TypeError: an option is unknown or of a wrong type.
+        ValueError: an option is out of range.
     """
 
     def __init__(self, model: str | os.PathLike | None = None, **options: Any) -> None:
         _check_names(options)
+        check_options({"model": model, **options})
         self._model = model
         self._options = options
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="jpaged-engine")
@@ -167,7 +169,8 @@ class AsyncLLM:
 
     def _abort(self, stream: "_Stream") -> None:
         request = stream.request
-        if request is not None and self._streams.pop(request.request_id, None) is not None:
+        if request is not None and self._streams.get(request.request_id) is stream:
+            del self._streams[request.request_id]
             self._open_llm().abort(request.request_id)
 
     def _queue_step(self) -> None:

@@ -1,6 +1,7 @@
 """The persistent compilation cache: a program that was compiled once starts in no time."""
 
 import pathlib
+import sys
 
 import jax
 
@@ -12,9 +13,15 @@ def enable_cache() -> None:
     """
     if jax.config.values["jax_compilation_cache_dir"] is not None:
         return
-    folder = pathlib.Path.home() / ".cache" / "jpaged" / "xla"
     try:
+        folder = pathlib.Path.home() / ".cache" / "jpaged" / "xla"
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:  # no home, or a read-only one: every start compiles
+    except (OSError, RuntimeError) as error:  # a folder that is not ours; no home at all
+        # Said, not hidden: whoever waits for the compiler at every start should know why.
+        print(
+            f"jpaged: compiled programs are not kept ({error}); to keep them, set "
+            "JAX_COMPILATION_CACHE_DIR to a folder that can be written to",
+            file=sys.stderr,
+        )
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from jpaged.params import checked_int
+from jpaged.params import checked_flag, checked_int
 
 MIN_BLOCK_SIZE = (
     8  # a TPU tile holds eight rows of 32 bits: smaller blocks could not be copied whole
@@ -29,16 +29,9 @@ class EngineConfig:
     enable_prefix_caching: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.enable_prefix_caching, bool):
-            raise TypeError(
-                f"enable_prefix_caching must be a bool, got {self.enable_prefix_caching!r}"
-            )
-        for field in dataclasses.fields(self):
-            if field.name == "enable_prefix_caching":
-                continue
-            least = 2 if field.name in ("num_blocks", "max_model_len") else 1
-            value = checked_int(field.name, getattr(self, field.name), least=least)
-            object.__setattr__(self, field.name, value)
+        checked_flag("enable_prefix_caching", self.enable_prefix_caching)
+        for name, least in _LEAST.items():
+            object.__setattr__(self, name, checked_int(name, getattr(self, name), least=least))
         size = self.block_size
         if size & (size - 1) or not MIN_BLOCK_SIZE <= size <= MAX_BLOCK_SIZE:
             raise ValueError(
@@ -54,3 +47,13 @@ class EngineConfig:
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` tokens of one sequence."""
         return -(-num_tokens // self.block_size)
+
+
+_LEAST = {  # of what counts something
+    "block_size": 1,
+    "num_blocks": 2,  # the null block, and one to give out
+    "max_num_seqs": 1,
+    "max_num_batched_tokens": 1,
+    "max_model_len": 2,  # a token of prompt and one of answer
+    "max_num_waiting": 1,
+}

@@ -32,12 +32,12 @@ def generate(
 
     Raises:
         ValueError: a prompt or an option is refused, before anything runs.
-        TypeError: an option is unknown.
+        TypeError: an option is unknown or of a wrong type.
     """
     # Imported here so that `import jpaged` loads no model code.
     from jpaged.llm import LLM
     from jpaged.params import SamplingParams
-    from jpaged.prompts import is_single
+    from jpaged.prompts import as_prompts, is_single
 
     sampling_names = {field.name for field in dataclasses.fields(SamplingParams)}
     engine_names = set(inspect.signature(LLM).parameters) - {"model", "use_tqdm"}
@@ -49,6 +49,7 @@ def generate(
         )
     params = SamplingParams(**{k: v for k, v in options.items() if k in sampling_names})
     engine_options = {k: v for k, v in options.items() if k not in sampling_names}
+    as_prompts(prompts)  # as far as one can tell before a model is loaded
     llm = _kept_llm(model, engine_options, use_tqdm=use_tqdm)
     outputs = llm.generate(prompts, params, use_tqdm=use_tqdm)
     return outputs[0] if is_single(prompts) else outputs
@@ -65,8 +66,9 @@ def shutdown() -> None:
 
 def _kept_llm(model: Any, options: dict[str, Any], *, use_tqdm: bool) -> "LLM":
     global _kept
-    from jpaged.llm import LLM
+    from jpaged.llm import LLM, check_options
 
+    check_options({"model": model, "use_tqdm": use_tqdm, **options})
     key = (None if model is None else str(model), tuple(sorted(options.items())))
     if _kept is not None and _kept[0] == key:
         return _kept[1]

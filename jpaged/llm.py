@@ -1,5 +1,6 @@
 """The offline API: one model, one pool, one thread."""
 
+import inspect
 import os
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
@@ -12,9 +13,11 @@ from jpaged.detokenize import Detokenizer
 from jpaged.engine import Engine
 from jpaged.errors import EngineFailedError
 from jpaged.loading import build_engine
+from jpaged.messages import as_conversations
+from jpaged.options import Options
 from jpaged.outputs import RequestOutput, output_delta, request_output
-from jpaged.params import SamplingParams
-from jpaged.prompts import Prompt, RequestMaker, as_params, as_prompts
+from jpaged.params import SamplingParams, checked_flag, checked_text
+from jpaged.prompts import Prompt, RequestMaker, as_params, as_prompts, one_params
 from jpaged.requests import Request
 from jpaged.stats import Stats
 
@@ -66,28 +69,29 @@ class LLM:
         warm_up: bool = True,
         use_tqdm: bool = True,
     ) -> None:
-        if memory_fraction is not None and gpu_memory_utilization is not None:
-            raise ValueError(
-                "memory_fraction and gpu_memory_utilization are two names of one option; give one"
-            )
-        built = build_engine(
-            model,
+        options = Options(
+            model=model,
             revision=revision,
             dtype=dtype,
             block_size=block_size,
             num_blocks=num_blocks,
-            memory_fraction=_first_given(memory_fraction, gpu_memory_utilization, 0.9),
+            memory_fraction=memory_fraction,
+            gpu_memory_utilization=gpu_memory_utilization,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
+            seed=seed,
             enable_prefix_caching=enable_prefix_caching,
             attention_backend=attention_backend,
+            warm_up=warm_up,
+            use_tqdm=use_tqdm,
         )
+        built = build_engine(options)
         self.engine: Engine = built.engine
         self.model_source: str = built.source
         self.model_config = built.engine.runner.model
         self.tokenizer = built.engine.tokenizer
-        self._maker = RequestMaker(self.model_config, self.tokenizer, seed=seed)
+        self._maker = RequestMaker(self.model_config, self.tokenizer, seed=options.seed)
         self._requests: dict[str, Request] = {}  # those whose end no caller has taken yet
         self._outputs: dict[str, RequestOutput] = {}  # news that no caller has taken yet
         self._news_lost = False  # whether a step was interrupted before its news were kept
@@ -107,6 +111,7 @@ class LLM:
         One bad prompt refuses the whole call before anything runs. If a step fails twice,
         EngineFailedError carries in `outputs` what was finished.
         """
+        checked_flag("use_tqdm", use_tqdm)
         each = as_prompts(prompts)
         params = as_params(sampling_params, len(each))
         make = self._maker.make
@@ -120,10 +125,13 @@ class LLM:
         add_generation_prompt: bool = True,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """The answers to one conversation or several, written out by the model's own template."""
-        if not messages:
-            raise ValueError("there are no messages; expected at least one")
-        conversations: Any = [messages] if isinstance(messages[0], dict) else messages
+        """The answers to one conversation or several, written out by the model's own template.
+
+        A message is a dict with role and content: text, or a list of text parts as OpenAI has them.
+        """
+        checked_flag("add_generation_prompt", add_generation_prompt)
+        checked_flag("use_tqdm", use_tqdm)
+        conversations = as_conversations(messages)
         params = as_params(sampling_params, len(conversations))
         requests = []
         for conversation, one in zip(conversations, params, strict=True):
@@ -136,7 +144,7 @@ class LLM:
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
     ) -> Iterator[RequestOutput]:
         """The answer as it grows: each output holds only what is new. Closing it aborts."""
-        request = self._maker.make(prompt, as_params(sampling_params, 1)[0])
+        request = self._maker.make(prompt, one_params(sampling_params))
         self._check_open()
         self.engine.scheduler.validate(request)
         return self._stream(request)
@@ -148,11 +156,19 @@ class LLM:
         *,
         request_id: str | None = None,
     ) -> str:
-        """Queues a prompt and returns its request id; `step` brings the answer."""
-        request = self._maker.make(prompt, as_params(sampling_params, 1)[0])
+        """Queues a prompt and returns its request id; `step` brings the answer.
+
+        A `request_id` that is given must not be that of a request whose end `step` has not told.
+        """
+        request = self._maker.make(prompt, one_params(sampling_params))
         if request_id is not None:
+            self._check_new(request_id)
             request.request_id = request_id
-        self._add([request])
+        try:
+            self._add([request])
+        except BaseException:
+            self._forget([request])  # nobody would know its id
+            raise
         return request.request_id
 
     def step(self) -> list[RequestOutput]:
@@ -167,7 +183,7 @@ class LLM:
 
     def abort(self, request_id: str) -> None:
         """Ends a request and frees its blocks; an unknown or finished one is left alone."""
-        for sequence in self.engine.scheduler.abort(request_id):
+        for sequence in self.engine.scheduler.abort(checked_text("request_id", request_id)):
             self._outputs[request_id] = request_output(sequence.request)
 
     @property
@@ -206,11 +222,12 @@ class LLM:
     def _run(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
         """Runs `requests` to their end, or aborts them all if that is interrupted."""
         finished: dict[str, RequestOutput] = {}
-        ids = [request.request_id for request in requests]
-        with tqdm(total=len(ids), desc="generating", unit="request", disable=not use_tqdm) as bar:
+        total = len(requests)
+        with tqdm(total=total, desc="generating", unit="request", disable=not use_tqdm) as bar:
             try:
                 self._add(requests)
-                while len(finished) < len(ids):
+                ids = [request.request_id for request in requests]
+                while len(finished) < total:
                     self._advance()
                     for request_id in [i for i in ids if i in self._outputs]:
                         output = self._outputs.pop(request_id)
@@ -218,9 +235,9 @@ class LLM:
                             finished[request_id] = output
                     bar.update(len(finished) - bar.n)
             finally:
-                self._forget(ids)
+                self._forget(requests)
         self._raise_failure(requests, finished)
-        return [finished[request_id] for request_id in ids]
+        return [finished[request.request_id] for request in requests]
 
     def _raise_failure(self, requests: list[Request], finished: dict[str, RequestOutput]) -> None:
         failed = [request for request in requests if request.error is not None]
@@ -233,30 +250,30 @@ class LLM:
             ) from failed[0].error
 
     def _stream(self, request: Request) -> Iterator[RequestOutput]:
-        request_id = request.request_id
         seen: RequestOutput | None = None
         try:
             self._add([request])
             while seen is None or not seen.finished:
                 self._advance()
-                output = self._outputs.pop(request_id, None)
+                output = self._outputs.pop(request.request_id, None)
                 if output is not None:
                     yield output_delta(output, seen)
                     seen = output
         finally:
-            self._forget([request_id])
-        self._raise_failure([request], {request_id: seen})
+            self._forget([request])
+        self._raise_failure([request], {request.request_id: seen})
 
     def _add(self, requests: list[Request]) -> None:
-        """Checks all of `requests` and then queues them."""
+        """Checks all of `requests` and then queues them; whoever calls this forgets them again."""
         self._check_open()
         scheduler = self.engine.scheduler
         for request in requests:
             scheduler.validate(request)
         for request in requests:
+            self._maker.complete(request, self._is_taken)
             self._attach_detokenizers(request)
-            self._requests[request.request_id] = request
             scheduler.add(request)
+            self._requests[request.request_id] = request  # after it, for `add` may refuse
 
     def _attach_detokenizers(self, request: Request) -> None:
         params = request.params
@@ -284,31 +301,50 @@ class LLM:
             self._outputs[request.request_id] = request_output(request)
         self._news_lost = False
 
-    def _forget(self, request_ids: list[str]) -> None:
+    def _check_new(self, request_id: str) -> None:
+        if not checked_text("request_id", request_id):
+            raise ValueError("request_id is empty; give another, or None to have one drawn")
+        if self._is_taken(request_id):
+            raise ValueError(
+                f"request_id {request_id!r} is in use by a request whose end `step` has not told; "
+                "give another, or None to have one drawn"
+            )
+
+    def _is_taken(self, request_id: str) -> bool:
+        return request_id in self._requests or request_id in self.engine.scheduler.requests
+
+    def _forget(self, requests: list[Request]) -> None:
         """Ends the requests and drops their news, even if an interrupt cuts the first try short."""
         try:
-            self._drop(request_ids)
+            self._drop(requests)
         finally:
-            self._drop(request_ids)
+            self._drop(requests)
 
-    def _drop(self, request_ids: list[str]) -> None:
-        for request_id in request_ids:
-            self.engine.scheduler.abort(request_id)
-            self._outputs.pop(request_id, None)
-            self._requests.pop(request_id, None)
+    def _drop(self, requests: list[Request]) -> None:
+        scheduler = self.engine.scheduler
+        for request in requests:
+            request_id = request.request_id
+            # One that was refused may bear the id of another, which stays.
+            if scheduler.requests.get(request_id) is request:
+                scheduler.abort(request_id)
+            if self._requests.get(request_id) is request:
+                self._outputs.pop(request_id, None)
+                del self._requests[request_id]
 
-    def _render(self, conversation: SequenceOf[dict], *, add_generation_prompt: bool) -> str:
+    def _render(self, conversation: list[dict[str, Any]], *, add_generation_prompt: bool) -> str:
         template = self.tokenizer.chat_template if self.tokenizer else None
         if template is None:
             raise ValueError(
                 f"{self.model_source} has no chat template; write the prompt out and call generate"
             )
-        return template.render(list(conversation), add_generation_prompt=add_generation_prompt)
+        return template.render(conversation, add_generation_prompt=add_generation_prompt)
 
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("this LLM is closed; make another")
 
 
-def _first_given(*values: float | None) -> float:
-    return next(value for value in values if value is not None)
+def check_options(given: dict[str, Any]) -> None:
+    """Raises what `LLM(**given)` would raise over its arguments alone; loads nothing."""
+    defaults = {p.name: p.default for p in inspect.signature(LLM).parameters.values()}
+    Options(**defaults | given)

@@ -1,7 +1,7 @@
 """From a model's name and a caller's options to an engine that is ready to run."""
 
+import contextlib
 import dataclasses
-import os
 import sys
 
 import jax.numpy as jnp
@@ -12,15 +12,13 @@ from jpaged.compilation import enable_cache
 from jpaged.config import EngineConfig
 from jpaged.devices import Device, first_device
 from jpaged.engine import Engine
-from jpaged.memory import block_bytes, pool_bytes
+from jpaged.memory import block_bytes, check_room, pool_bytes
+from jpaged.options import Options
 from jpaged.runner import Runner
 from jpaged.scheduler import Scheduler
 from jpaged.step import Step
 from jpaged_models import Checkpoint, Decoder, Tokenizer, load_decoder, open_checkpoint
 from pallas_kernels import Backend, choose_backend
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-LONGEST_DEFAULT = 8192  # a model's context may be far longer than anyone here will use
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,49 +29,30 @@ class BuiltEngine:
     source: str
 
 
-def build_engine(
-    model: str | os.PathLike | None,
-    *,
-    revision: str | None,
-    dtype: str,
-    block_size: int,
-    num_blocks: int | None,
-    memory_fraction: float,
-    max_num_seqs: int | None,
-    max_num_batched_tokens: int | None,
-    max_model_len: int | None,
-    enable_prefix_caching: bool,
-    attention_backend: str,
-) -> BuiltEngine:
-    """An engine for a checkpoint; options as `LLM` explains them, checked before weights load."""
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {DTYPES}, got {dtype!r}")
-    if not 0 < memory_fraction <= 1:
-        raise ValueError(f"memory_fraction must be above 0 and at most 1, got {memory_fraction}")
+def build_engine(options: Options) -> BuiltEngine:
+    """An engine for a checkpoint; what its files or the device refuse is told before they load."""
     device = first_device()
     enable_cache()
-    backend = choose_backend(attention_backend, device.platform)
-    checkpoint = open_checkpoint(model, revision=revision)
-    on_cpu = device.platform == "cpu"
-    longest = checkpoint.config.max_position_embeddings
-    limits = EngineConfig(
-        block_size=block_size,
-        num_blocks=2 if num_blocks is None else num_blocks,  # replaced when memory is known
-        max_num_seqs=_or(max_num_seqs, 64 if on_cpu else 256),
-        max_num_batched_tokens=_or(max_num_batched_tokens, 256 if on_cpu else 2048),
-        max_model_len=_or(max_model_len, min(longest, LONGEST_DEFAULT)),
-        enable_prefix_caching=enable_prefix_caching,
-    )
-    if limits.max_model_len > longest:
-        raise ValueError(
-            f"max_model_len={limits.max_model_len} exceeds the model's context of {longest} tokens"
-        )
-    weights_dtype = _dtype(dtype, checkpoint, device)
-    decoder = load_decoder(checkpoint, dtype=weights_dtype)
-    tokenizer = _tokenizer(checkpoint)
-    checkpoint.close()
-    # A bfloat16 scatter on a CPU converts the whole pool (JAX 0.10), so the pool stays float32.
-    pool_dtype = jnp.float32 if on_cpu else weights_dtype
+    backend = choose_backend(options.attention_backend, device.platform)
+    with contextlib.closing(
+        open_checkpoint(options.model, revision=options.revision)
+    ) as checkpoint:
+        config, source = checkpoint.config, checkpoint.source
+        longest = config.max_position_embeddings
+        limits = options.limits(platform=device.platform, longest=longest)
+        if limits.max_model_len > longest:
+            raise ValueError(
+                f"max_model_len={limits.max_model_len} exceeds the model's context of {longest} "
+                "tokens; lower it, or leave it out"
+            )
+        weights_dtype = _dtype(options.dtype, checkpoint, device)
+        # A bfloat16 scatter on a CPU converts the whole pool (JAX 0.10), so it stays float32.
+        pool_dtype = jnp.float32 if device.platform == "cpu" else weights_dtype
+        if options.num_blocks is not None:
+            size = block_bytes(config, block_size=limits.block_size, dtype=pool_dtype)
+            check_room(device, num_blocks=limits.num_blocks, size=size)
+        decoder = load_decoder(checkpoint, dtype=weights_dtype)
+        tokenizer = _tokenizer(checkpoint)
     engine = engine_for(
         decoder,
         tokenizer,
@@ -81,9 +60,9 @@ def build_engine(
         pool_dtype=pool_dtype,
         backend=backend,
         device=device,
-        memory_fraction=None if num_blocks is not None else memory_fraction,
+        memory_fraction=options.memory_fraction if options.num_blocks is None else None,
     )
-    return BuiltEngine(engine, checkpoint.source)
+    return BuiltEngine(engine, source)
 
 
 def engine_for(
@@ -100,7 +79,6 @@ def engine_for(
     buckets = Buckets(
         max_num_seqs=limits.max_num_seqs, max_num_batched_tokens=limits.max_num_batched_tokens
     )
-
     if memory_fraction is not None:
         step = Step(decoder, limits, pool_dtype=pool_dtype, backend=backend)
         limits = _with_pool(step, buckets, device, memory_fraction)
@@ -124,18 +102,14 @@ def _with_pool(
         temporaries -= analysis.alias_size_in_bytes
     size = block_bytes(step.model, block_size=limits.block_size, dtype=step.pool_dtype)
     wanted = limits.max_num_seqs * limits.max_blocks_per_seq + 1
-    available = pool_bytes(
+    granted = pool_bytes(
         device,
         memory_fraction=memory_fraction,
         temporaries=temporaries,
+        least=2 * size,
         wanted=wanted * size,
     )
-    num_blocks = available // size
-    if num_blocks < 2:
-        raise ValueError(
-            f"memory allows {available / 2**20:.0f} MiB for the pool, one block takes "
-            f"{size / 2**20:.1f} MiB and two are needed; raise memory_fraction or lower block_size"
-        )
+    num_blocks = granted // size
     print(
         f"jpaged: pool of {num_blocks} blocks of {limits.block_size} tokens, "
         f"{num_blocks * size / 2**30:.2f} GiB on {device.platform}",
@@ -164,7 +138,3 @@ def _tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
         return checkpoint.tokenizer
     except ValueError:
         return None
-
-
-def _or(value: int | None, default: int) -> int:
-    return default if value is None else value

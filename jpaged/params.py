@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 MAX_LOGPROBS = 20  # the width of the device's top-k for logprobs, fixed so that no request sets it
+MAX_SEQUENCES = 16_384  # of a request: all of them are made before the queue can refuse them
+MAX_TOKENS = 2**30  # what the device is told of lengths stays below 2**31, a prompt added
 MIN_TEMPERATURE = 1e-6  # below it logits / temperature may overflow float32
+MAX_TEMPERATURE = 1e6  # its inverse: far beyond it temperature itself overflows float32
 MAX_REPETITION_PENALTY = 100.0  # and its inverse the least: no logit overflows, none is lost
 MAX_LOGIT_BIAS = 100.0  # vLLM's and OpenAI's
 
@@ -52,10 +55,10 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {
-            "n": checked_int("n", self.n, least=1),
+            "n": checked_int("n", self.n, least=1, most=MAX_SEQUENCES),
             "temperature": _checked_temperature(self.temperature),
             "top_p": checked_float("top_p", self.top_p, least=0.0, most=1.0),
-            "top_k": max(checked_int("top_k", self.top_k, least=-1), 0),
+            "top_k": max(checked_int("top_k", self.top_k, least=-1, most=MAX_TOKENS), 0),
             "min_p": checked_float("min_p", self.min_p, least=0.0, most=1.0),
             "presence_penalty": _checked_penalty("presence_penalty", self.presence_penalty),
             "frequency_penalty": _checked_penalty("frequency_penalty", self.frequency_penalty),
@@ -70,21 +73,19 @@ class SamplingParams:
             "bad_words": _checked_bad_words(self.bad_words),
             "stop": _checked_stop(self.stop),
             "stop_token_ids": checked_token_ids("stop_token_ids", self.stop_token_ids),
-            "min_tokens": checked_int("min_tokens", self.min_tokens, least=0),
+            "min_tokens": checked_int("min_tokens", self.min_tokens, least=0, most=MAX_TOKENS),
         }
         if self.seed is not None:
-            seed = checked_int("seed", self.seed, least=-(2**63), most=2**64 - 1)
-            checked["seed"] = seed
+            checked["seed"] = checked_seed(self.seed)
         if self.max_tokens is not None:
             checked["max_tokens"] = checked_int("max_tokens", self.max_tokens, least=1)
         if self.logprobs is not None:
             logprobs = checked_int("logprobs", self.logprobs, least=0, most=MAX_LOGPROBS)
             checked["logprobs"] = logprobs
-        if self.cache_salt is not None and not isinstance(self.cache_salt, str):
-            raise TypeError(f"cache_salt must be a string or None, got {self.cache_salt!r}")
+        if self.cache_salt is not None:
+            checked["cache_salt"] = checked_text("cache_salt", self.cache_salt)
         for name in _FLAGS:
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+            checked_flag(name, getattr(self, name))
         for name, value in checked.items():
             object.__setattr__(self, name, value)
         self._check_together()
@@ -133,17 +134,47 @@ def checked_int(name: str, value: object, *, least: int, most: int | None = None
     return number
 
 
-def checked_float(name: str, value: object, *, least: float, most: float = math.inf) -> float:
+def checked_float(name: str, value: object, *, least: float, most: float) -> float:
     """`value` as a finite float between `least` and `most`, or an error that says what was not."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an int of more than 300 digits
+        number = math.inf
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {number}")
     if not least <= number <= most:
-        expected = f"at least {least}" if most == math.inf else f"from {least} to {most}"
-        raise ValueError(f"{name} must be {expected}, got {number}")
+        raise ValueError(f"{name} must be from {least} to {most}, got {number}")
     return number
+
+
+def checked_flag(name: str, value: object) -> bool:
+    """`value` as a bool, or an error that names what was expected."""
+    if not isinstance(value, bool):
+        raise TypeError(
+            f"{name} must be True or False, got {value!r} of type {type(value).__name__}"
+        )
+    return value
+
+
+def checked_seed(value: object) -> int:
+    """`value` as a seed: 64 bits, with a sign or without."""
+    return checked_int("seed", value, least=-(2**63), most=2**64 - 1)
+
+
+def checked_text(name: str, value: object) -> str:
+    """`value` as text that UTF-8 can write, or an error that says what it was."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, got {value!r} of type {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} must be text that UTF-8 can write, got the lone surrogate "
+            f"{value[error.start]!r} at {error.start}; decode bytes with errors='replace'"
+        ) from None
+    return value
 
 
 def checked_token_ids(name: str, value: object) -> tuple[int, ...]:
@@ -185,8 +216,9 @@ def _checked_bad_words(value: object) -> tuple[str | tuple[int, ...], ...]:
     words = (value,) if isinstance(value, str) else value
     if not isinstance(words, list | tuple):
         raise TypeError(f"bad_words must be a list of strings or of token ids, got {value!r}")
+    name = "each of bad_words"
     checked = [
-        word if isinstance(word, str) else checked_token_ids("each of bad_words", word)
+        checked_text(name, word) if isinstance(word, str) else checked_token_ids(name, word)
         for word in words
     ]
     if not all(word.strip() if isinstance(word, str) else word for word in checked):
@@ -195,7 +227,7 @@ def _checked_bad_words(value: object) -> tuple[str | tuple[int, ...], ...]:
 
 
 def _checked_temperature(value: object) -> float:
-    temperature = checked_float("temperature", value, least=0.0)
+    temperature = checked_float("temperature", value, least=0.0, most=MAX_TEMPERATURE)
     if 0.0 < temperature < MIN_TEMPERATURE:
         raise ValueError(
             f"temperature must be 0 (greedy) or at least {MIN_TEMPERATURE}, got {temperature}"
@@ -209,4 +241,4 @@ def _checked_stop(value: object) -> tuple[str, ...]:
         raise TypeError(f"stop must be a string or a list of strings, got {value!r}")
     if not all(strings):
         raise ValueError(f"stop strings must not be empty, got {value!r}")
-    return tuple(strings)
+    return tuple(checked_text("each of stop", string) for string in strings)

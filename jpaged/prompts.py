@@ -3,7 +3,7 @@
 import collections.abc
 import itertools
 import numbers
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
 from typing import Any
 
@@ -11,16 +11,16 @@ import numpy as np
 
 from jpaged.bad_words import WordIds, most_forbidden, word_ids
 from jpaged.batch import MAX_STOP_IDS, stop_ids
-from jpaged.params import SamplingParams
+from jpaged.params import SamplingParams, checked_text
 from jpaged.requests import Request
 from jpaged.shape_batch import MAX_FORBIDDEN
 from jpaged_models import ModelConfig, Tokenizer
 
-Prompt = str | SequenceOf[int]
+Prompt = str | SequenceOf[int] | np.ndarray
 
 
 class RequestMaker:
-    """Makes requests of prompts; draws a seed where none is given, and numbers the requests."""
+    """Makes requests of prompts; draws the seed and the id of those that bring none."""
 
     def __init__(self, model: ModelConfig, tokenizer: Tokenizer | None, *, seed: int) -> None:
         self.model = model
@@ -51,23 +51,32 @@ class RequestMaker:
         self._check_something_is_left(params, words)
         if params.stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer and this model has none")
-        seed = params.seed
-        if seed is None:
-            seed = int(self._seeds.integers(2**63))
         return Request(
-            request_id=str(next(self._ids)),
+            request_id="",
             prompt=prompt,
             prompt_token_ids=token_ids,
             params=params,
-            seed=seed,
+            seed=params.seed or 0,
             bad_word_ids=words,
         )
+
+    def complete(self, request: Request, is_taken: Callable[[str], bool]) -> None:
+        """Draws what the request's caller left out: an id that no other has, a seed.
+
+        Not before all of a call's requests are found good, so that what is refused changes
+        nobody's noise.
+        """
+        if not request.request_id:
+            numbers_left = map(str, self._ids)
+            request.request_id = next(name for name in numbers_left if not is_taken(name))
+        if request.params.seed is None:
+            request.seed = int(self._seeds.integers(2**63))
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The text's token ids, at least one."""
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer; pass token ids instead of text")
-        if not text:
+        if not checked_text("a prompt", text):
             raise ValueError("the prompt is empty; expected text or token ids")
         token_ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         if not token_ids:
@@ -77,7 +86,7 @@ class RequestMaker:
     def _check_vocabulary(self, what: str, token_ids: Iterable[int]) -> None:
         size = self.model.vocab_size
         for token in token_ids:
-            if token >= size:
+            if not 0 <= token < size:
                 raise ValueError(f"{what} {token} is outside the vocabulary of {size}")
 
     def _check_something_is_left(self, params: SamplingParams, words: WordIds) -> None:
@@ -106,12 +115,13 @@ class RequestMaker:
             raise ValueError("the prompt is empty; expected text or token ids")
         for token in prompt:
             if isinstance(token, bool) or not isinstance(token, numbers.Integral):
-                raise TypeError(f"token ids are integers, got {token!r}")
-            if not 0 <= token < self.model.vocab_size:
-                raise ValueError(
-                    f"token id {token} is outside the vocabulary of {self.model.vocab_size}"
+                raise TypeError(
+                    f"a prompt is text or a list of token ids, which are integers; got "
+                    f"{token!r:.40} of type {type(token).__name__} in the list"
                 )
-        return [int(token) for token in prompt]
+        token_ids = [int(token) for token in prompt]
+        self._check_vocabulary("token id", token_ids)
+        return token_ids
 
 
 def as_prompts(prompts: Any) -> list[Prompt]:
@@ -142,15 +152,30 @@ def as_params(
 ) -> list[SamplingParams]:
     """One `SamplingParams` for each of `count` prompts."""
     if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    each = list(params)
-    for one in each:
+        return [one_params(params)] * count
+    if not _is_sequence(params) or isinstance(params, str):
+        raise TypeError(
+            f"expected SamplingParams, a list of them or None, got {type(params).__name__}"
+        )
+    for one in params:
         if not isinstance(one, SamplingParams):
-            raise TypeError(f"expected SamplingParams, got {type(one).__name__}")
-    if len(each) != count:
-        raise ValueError(f"got {count} prompts and {len(each)} SamplingParams; give one for each")
-    return each
+            raise TypeError(f"expected SamplingParams for each prompt, got {type(one).__name__}")
+    if len(params) != count:
+        raise ValueError(f"got {count} prompts and {len(params)} SamplingParams; give one for each")
+    return list(params)
+
+
+def one_params(params: SamplingParams | None) -> SamplingParams:
+    """The parameters of one prompt, by default all defaults."""
+    if params is None:
+        return SamplingParams()
+    if not isinstance(params, SamplingParams):
+        raise TypeError(f"expected SamplingParams or None, got {type(params).__name__}")
+    return params
 
 
 def _is_sequence(value: Any) -> bool:
-    return isinstance(value, collections.abc.Sequence | np.ndarray) and not isinstance(value, bytes)
+    if isinstance(value, np.ndarray):
+        return value.ndim > 0
+    is_bytes = isinstance(value, bytes | bytearray | memoryview)
+    return isinstance(value, collections.abc.Sequence) and not is_bytes

@@ -14,7 +14,8 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 class Request:
     """One prompt with its parameters; makes its `params.n` sequences itself.
 
-    `seed` is the caller's or a drawn one, so that the noise depends on nothing else that runs.
+    `seed` is the caller's or a drawn one, so that the noise depends on nothing else that runs; it
+    and an empty `request_id` are drawn when the request is accepted (`RequestMaker.complete`).
     `arrival` is set by `Scheduler.add`, and orders the queue. `bad_word_ids` are the parameters'
     `bad_words` as token ids.
     """

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
@@ -44,6 +45,20 @@ TOLERANCES = {
 }
 NEAR_TIE = 1e-3  # greedy tokens may differ where the top two logits lie closer
 MAX_DIFFERING = 0.02  # and on no more than this share of sequences
+
+ANY_KIND: dict[str, Any] = {  # a value of every kind that somebody may pass for another
+    "none": None,
+    "flag": True,
+    "float": 1.5,
+    "nan": math.nan,
+    "text": "a",
+    "texts": ["a"],
+    "ints": [3],
+    "dict": {3: 1.0},
+    "bytes": b"a",
+    "array": np.array([3]),
+    "object": object(),
+}
 
 GREEDY = SamplingParams(temperature=0, max_tokens=7, ignore_eos=True)
 

@@ -126,6 +126,12 @@ BAD_INPUT: list[tuple[Any, Any, type[Exception], str]] = [
     ([5] * 192, None, ValueError, "max_model_len"),
     (7, None, TypeError, "a prompt is text or a list of token ids"),
     ("a", {"max_tokens": 3}, TypeError, "SamplingParams"),
+    ("a", 3, TypeError, "expected SamplingParams or None, got int"),
+    ("a", [SamplingParams()], TypeError, "expected SamplingParams or None, got list"),
+    (None, None, TypeError, "got NoneType"),
+    (["a"], None, TypeError, "which are integers; got 'a'"),
+    ("a\ud800", None, ValueError, "lone surrogate"),
+    ("a", SamplingParams(bad_words=[[400]]), ValueError, "outside the vocabulary"),
 ]
 
 
@@ -142,6 +148,33 @@ def test_bad_input_raises_in_the_task_that_brought_it(tiny_model_dir: pathlib.Pa
             assert isinstance(got, kind)
             assert words in str(got)
         assert fine == 9
+        await assert_nothing_held(llm)
+
+    run(tiny_model_dir, main)
+
+
+def test_a_request_of_the_engine_s_own_is_no_stream_s(tiny_model_dir: pathlib.Path):
+    async def main(llm: AsyncLLM) -> None:
+        params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+        for request_id in ("0", "2"):
+            await llm._ask(
+                lambda name: inner(llm).submit("a fox", params, request_id=name), request_id
+            )
+
+        async def read(params: SamplingParams) -> int:
+            outputs = [output async for output in llm.generate([3, 4], params)]
+            return len(outputs[-1].outputs[0].token_ids)
+
+        async def close_early() -> None:
+            async with contextlib.aclosing(llm.generate([3, 4], params)) as stream:
+                await anext(stream)
+
+        short = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
+        *lengths, _ = await asyncio.gather(*(read(short) for _ in range(3)), close_early())
+        assert lengths == [9] * 3
+        while (stats := await llm.stats()).running:
+            await asyncio.sleep(0.002)
+        assert stats.generated_tokens >= 2 * 40 + 3 * 9
         await assert_nothing_held(llm)
 
     run(tiny_model_dir, main)

@@ -12,7 +12,7 @@ import tokenizers
 import jpaged
 from jpaged.llm import LLM
 from jpaged.params import SamplingParams
-from jpaged_models import Tokenizer
+from jpaged_models import ChatTemplate, Tokenizer
 from tests.helpers import llm_over, make_prompt, tiny_engine
 from tests.models.tiny_files import (
     LLAMA_VALUES,
@@ -29,14 +29,24 @@ GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
-    """Its text is letters, a token each."""
+    return llm_over(tiny_engine(num_blocks=9), letters_tokenizer())
+
+
+def letters_tokenizer() -> Tokenizer:
+    """Its text is letters, a token each; its template writes out what a user says."""
     letters = {letter: index for index, letter in enumerate("abcdefghij")}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(letters, unk_token="a"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer = Tokenizer(
-        backend=backend, bos_token_id=None, eos_token_ids=(2,), chat_template=None
+    template = (
+        "{% for message in messages %}{% if message.role != 'user' %}"
+        "{{ raise_exception(message.role) }}{% endif %}{{ message.content }}{% endfor %}"
     )
-    return llm_over(tiny_engine(num_blocks=9), tokenizer)
+    return Tokenizer(
+        backend=backend,
+        bos_token_id=None,
+        eos_token_ids=(2,),
+        chat_template=ChatTemplate(sources={"default": template}),
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -69,15 +79,30 @@ def no_step_ran(request: pytest.FixtureRequest):
         ([3, -1], ValueError, "-1 is outside"),
         (np.array([3, 99]), ValueError, "99 is outside"),
         ([3, 4.0], TypeError, "integers"),
+        (np.array([3.0, 4.0]), TypeError, "integers"),
+        (np.array([True, False]), TypeError, "got bool"),
+        (np.array(3), TypeError, "got ndarray"),
+        (np.zeros((2, 0), np.int32), ValueError, "empty"),
+        ([3, math.nan], TypeError, "integers"),
+        ([3, None], TypeError, "integers"),
+        ([3, 2**70], ValueError, "outside the vocabulary of 53"),
+        ([[3, [4]]], TypeError, "integers"),
+        ([None], TypeError, "got NoneType"),
+        ([["a", "b"]], TypeError, "integers; got 'a' of type str in the list"),
+        ("a \ud800", ValueError, r"lone surrogate '\\ud800' at 2"),
+        (["a", "\udcff"], ValueError, "lone surrogate"),
         ([3, True], TypeError, "integers"),
         ([3, "a"], TypeError, "integers"),
         (7, TypeError, "got int"),
         (None, TypeError, "got NoneType"),
         (b"bytes", TypeError, "got bytes"),
+        (bytearray(b"bytes"), TypeError, "got bytearray"),
+        ({3, 4}, TypeError, "got set"),
+        ((token for token in (3, 4)), TypeError, "got generator"),
         ({"prompt": "a"}, TypeError, "got dict"),
         ([{"prompt": "a"}], TypeError, "got dict"),
     ],
-    ids=lambda value: str(value)[:20],
+    ids=lambda value: ascii(value)[:20],
 )
 def test_a_bad_prompt_is_refused(llm: LLM, prompt: Any, error: type[Exception], message: str):
     with pytest.raises(error, match=message):
@@ -96,11 +121,101 @@ def test_one_bad_prompt_among_good_ones_refuses_the_whole_call(
 
 
 @pytest.mark.parametrize("name", ["submit", "stream"])
-def test_submit_and_stream_refuse_at_once(llm: LLM, name: str):
-    with pytest.raises(ValueError, match="never fit"):
-        getattr(llm, name)(make_prompt(70), GREEDY)
-    with pytest.raises(ValueError, match="empty"):
-        getattr(llm, name)("")
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((make_prompt(70), GREEDY), ValueError, "never fit"),
+        (("",), ValueError, "empty"),
+        ((["a", "b"],), TypeError, "a prompt is text or a list of token ids"),
+        ((None,), TypeError, "got NoneType"),
+        ((GOOD, 3), TypeError, "expected SamplingParams or None, got int"),
+        ((GOOD, [GREEDY]), TypeError, "expected SamplingParams or None, got list"),
+        ((GOOD, {"n": 2}), TypeError, "expected SamplingParams or None, got dict"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_submit_and_stream_refuse_at_once(
+    llm: LLM, name: str, arguments: tuple[Any, ...], error: type[Exception], message: str
+):
+    with pytest.raises(error, match=message):
+        getattr(llm, name)(*arguments)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        tuple(GOOD),
+        [np.int64(token) for token in GOOD],
+        *(np.array(GOOD, dtype) for dtype in (np.int32, np.uint8, np.int64, np.uint64)),
+    ],
+    ids=lambda prompt: str(getattr(prompt, "dtype", type(prompt[0]))),
+)
+def test_token_ids_of_numpy_are_token_ids(prompt: Any):
+    llm = llm_over(tiny_engine())
+    wanted = llm.generate(GOOD, GREEDY, use_tqdm=False)[0].outputs
+    for prompts in (prompt, [prompt], np.array([prompt, prompt])):
+        for output in llm.generate(prompts, GREEDY, use_tqdm=False):
+            assert output.outputs == wanted
+            assert output.prompt_token_ids == GOOD
+            assert {type(token) for token in output.prompt_token_ids} == {int}
+
+
+@pytest.mark.parametrize(
+    ("messages", "error", "message"),
+    [
+        (None, TypeError, "got NoneType"),
+        ({"role": "user", "content": "a"}, TypeError, "got dict"),
+        ("a", TypeError, "got str"),
+        ([], ValueError, "no messages"),
+        ([[]], ValueError, "a conversation is empty"),
+        ([{"role": "user"}], ValueError, "without"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], ValueError, "'image_url'"),
+        ([{"role": "user", "content": ""}], ValueError, "empty"),
+        ([{"role": "user", "content": " "}], ValueError, "no tokens"),
+        ([{"role": "user", "content": "a " * 96}], ValueError, "96 tokens and max_model_len is 96"),
+        ([{"role": "robot", "content": "a"}], ValueError, "template refused the messages: robot"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_bad_messages_are_refused(llm: LLM, messages: Any, error: type[Exception], message: str):
+    with pytest.raises(error, match=message):
+        llm.chat(messages, GREEDY)
+
+
+def test_parts_of_text_are_answered_as_the_whole():
+    llm = llm_over(tiny_engine(), letters_tokenizer())
+    parts = [{"type": "text", "text": "a b"}, {"type": "text", "text": "c"}]
+    (output,) = llm.chat([{"role": "user", "content": parts}], GREEDY, use_tqdm=False)
+    assert output.prompt == "a b\nc"
+    assert output.prompt_token_ids == [0, 1, 2]
+
+
+@pytest.mark.parametrize("method", ["generate", "chat"])
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"sampling_params": 3}, TypeError, "a list of them or None, got int"),
+        ({"sampling_params": "greedy"}, TypeError, "a list of them or None, got str"),
+        ({"sampling_params": {"n": 1}}, TypeError, "a list of them or None, got dict"),
+        ({"sampling_params": [None]}, TypeError, "expected SamplingParams .*, got NoneType"),
+        ({"sampling_params": []}, ValueError, "1 prompts and 0 SamplingParams"),
+        ({"use_tqdm": "no"}, TypeError, "use_tqdm must be True or False, got 'no'"),
+        ({"use_tqdm": None}, TypeError, "use_tqdm must be True or False, got None"),
+        ({"max_tokens": 3}, TypeError, "max_tokens"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_of_a_call_are_refused(
+    llm: LLM, method: str, options: dict[str, Any], error: type[Exception], message: str
+):
+    prompts: Any = GOOD if method == "generate" else [{"role": "user", "content": "a"}]
+    with pytest.raises(error, match=message):
+        getattr(llm, method)(prompts, **options)
+
+
+def test_whether_a_prompt_for_the_answer_is_added_is_a_flag(llm: LLM):
+    with pytest.raises(TypeError, match="add_generation_prompt must be True or False, got 0"):
+        llm.chat([{"role": "user", "content": "a"}], add_generation_prompt=0)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_request_that_only_the_pool_refuses_names_both_numbers(llm: LLM):
@@ -148,7 +263,7 @@ def test_bad_sampling_parameters_are_refused_by_either_door(
 
 
 def test_sampling_parameters_of_another_kind_or_number_are_refused(llm: LLM):
-    with pytest.raises(TypeError, match="expected SamplingParams, got dict"):
+    with pytest.raises(TypeError, match="expected SamplingParams for each prompt, got dict"):
         llm.generate([GOOD, GOOD], [GREEDY, {"n": 1}])  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="2 prompts and 1 SamplingParams"):
         llm.generate([GOOD, GOOD], [GREEDY])
@@ -191,25 +306,23 @@ def test_what_bends_logits_must_fit_the_vocabulary_and_leave_a_token(
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"block_size": 12}, ValueError, "block_size must be a power of two"),
-        ({"block_size": 4}, ValueError, "block_size must be"),
-        ({"num_blocks": 1}, ValueError, "num_blocks must be at least 2"),
-        ({"max_num_seqs": 0}, ValueError, "max_num_seqs must be"),
-        ({"max_num_batched_tokens": 0}, ValueError, "max_num_batched_tokens must be"),
         ({"max_model_len": 97}, ValueError, "max_model_len=97 exceeds the model's context of 96"),
-        ({"memory_fraction": 1.5}, ValueError, "memory_fraction must be"),
-        ({"memory_fraction": 0.5, "gpu_memory_utilization": 0.5}, ValueError, "one option"),
-        ({"dtype": "float8"}, ValueError, "dtype must be one of"),
         ({"attention_backend": "flash"}, ValueError, "attention_backend must be one of"),
+        ({"attention_backend": "pallas-tpu"}, ValueError, "needs a tpu"),
+        ({"revision": "main"}, ValueError, "revision is for hub ids"),
         ({"max_num_seq": 4}, TypeError, "max_num_seq"),
-        ({"block_size": "16"}, TypeError, "block_size must be an int"),
     ],
     ids=str,
 )
-def test_bad_engine_options_are_refused(
-    tmp_path: pathlib.Path, options: dict[str, Any], error: type[Exception], message: str
+def test_engine_options_that_do_not_fit_model_or_device_are_refused(
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    error: type[Exception],
+    message: str,
 ):
     directory = write_directory(tmp_path / "tiny", llama_tensors())
+    monkeypatch.setattr("jpaged.loading.load_decoder", None)  # the weights are not to be loaded
     with pytest.raises(error, match=message):
         LLM(directory, **options)
 

@@ -1,13 +1,16 @@
 """Pool sizing without a flag, and the word about a device that JAX passed over."""
 
 import dataclasses
+import os
 
 import jax
 import pytest
 
 from jpaged import devices, memory
+from jpaged.llm import LLM
 from jpaged_models import ModelConfig
 from tests.helpers import tiny_config
+from tests.models.tiny_files import llama_tensors, write_directory
 
 
 @dataclasses.dataclass
@@ -21,8 +24,12 @@ class FakeDevice:
         return self.stats
 
 
-def _sized(device: FakeDevice, *, wanted: int = 2**60, temporaries: int = 0) -> int:
-    return memory.pool_bytes(device, memory_fraction=0.5, temporaries=temporaries, wanted=wanted)
+def _sized(
+    device: FakeDevice, *, least: int = 70, wanted: int = 2**60, temporaries: int = 0
+) -> int:
+    return memory.pool_bytes(
+        device, memory_fraction=0.5, temporaries=temporaries, least=least, wanted=wanted
+    )
 
 
 def test_accelerator_pool_is_its_share_less_weights_and_temporaries():
@@ -41,21 +48,97 @@ def test_accelerator_without_room_is_refused_with_the_figures():
         _sized(device)
 
 
+def test_accelerator_without_room_for_two_blocks_is_refused_with_the_figures():
+    device = FakeDevice("gpu", {"bytes_limit": 2**31, "bytes_in_use": 2**30 - 2**21})
+    assert _sized(device, least=2**21) == 2**21
+    with pytest.raises(ValueError, match=r"leaves 2.0 MiB .* two blocks take 4.0 MiB: 1022.0 MiB"):
+        _sized(device, least=2**22)
+
+
+def test_cpu_without_room_for_two_blocks_names_what_can_be_set(monkeypatch):
+    monkeypatch.setattr(memory, "available_bytes", lambda: 100 * 2**20)
+    assert _sized(FakeDevice("cpu", None), least=25 * 2**20) == 25 * 2**20
+    with pytest.raises(ValueError, match=r"take 100.0 MiB .* take 26.0 MiB; set num_blocks"):
+        _sized(FakeDevice("cpu", None), least=26 * 2**20)
+
+
 def test_cpu_pool_is_a_quarter_of_what_is_available(monkeypatch):
     monkeypatch.setattr(memory, "available_bytes", lambda: 4000)
     assert _sized(FakeDevice("cpu", None)) == 1000
     monkeypatch.setattr(memory, "available_bytes", lambda: 2**50)
     assert _sized(FakeDevice("cpu", None)) == memory.MAX_CPU_POOL_BYTES
+    monkeypatch.setattr(memory, "available_bytes", lambda: None)  # the system does not say
+    assert _sized(FakeDevice("cpu", None)) == memory.ASSUMED_BYTES // memory.CPU_SHARE
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_blocks_that_were_asked_for_must_fit_what_is_free(monkeypatch, platform: str):
+    stats = {"bytes_limit": 9 * 2**30, "bytes_in_use": 4 * 2**30} if platform == "gpu" else None
+    monkeypatch.setattr(memory, "available_bytes", lambda: 5 * 2**30)
+    memory.check_room(FakeDevice(platform, stats), num_blocks=5, size=2**30)
+    with pytest.raises(ValueError, match=r"num_blocks=6 .* 1.0 GiB take 6.0 GiB, and 5.0 GiB are"):
+        memory.check_room(FakeDevice(platform, stats), num_blocks=6, size=2**30)
+    monkeypatch.setattr(memory, "available_bytes", lambda: None)
+    memory.check_room(FakeDevice("cpu", None), num_blocks=6, size=2**60)  # nobody knows
+
+
+def test_blocks_beyond_memory_are_refused_before_weights_load(tmp_path, monkeypatch):
+    directory = write_directory(tmp_path / "tiny", llama_tensors())
+    monkeypatch.setattr("jpaged.loading.load_decoder", None)
+    with pytest.raises(ValueError, match=r"num_blocks=1099511627776 .* lower num_blocks"):
+        LLM(directory, num_blocks=2**40)
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch) -> None:
+    """A system without Linux's files about memory."""
+    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "no such file")
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path / "no such folder")
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_outside_linux_the_memory_built_in_counts(monkeypatch):
+    sizes = {"SC_PHYS_PAGES": 3000, "SC_PAGE_SIZE": 16384}
+    monkeypatch.setattr(os, "sysconf", sizes.__getitem__)
+    assert memory.available_bytes() == 3000 * 16384
+    assert _sized(FakeDevice("cpu", None)) == 3000 * 16384 // 4
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize("error", [AttributeError, ValueError, OSError])
+def test_a_system_that_says_nothing_gets_a_small_pool(monkeypatch, error: type[Exception]):
+    def sysconf(name: str) -> int:
+        raise error(name)
+
+    monkeypatch.setattr(os, "sysconf", sysconf)
+    assert memory.available_bytes() is None
+    assert _sized(FakeDevice("cpu", None)) == 2**29
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_a_kernel_without_that_line_counts_as_another_system(tmp_path, monkeypatch):
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 9000 kB\n")
+    monkeypatch.setattr(memory, "_MEMINFO", meminfo)
+    monkeypatch.setattr(os, "sysconf", lambda _: 50)
+    assert memory.available_bytes() == 2500
 
 
 @pytest.mark.parametrize(
-    ("limit_file", "usage_file"),
+    ("limit_file", "usage_file", "details_file", "cached"),
     [
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        (
+            "memory/memory.limit_in_bytes",
+            "memory/memory.usage_in_bytes",
+            "memory/memory.stat",
+            "total_inactive_file",
+        ),
     ],
 )
-def test_cgroup_limit_counts_where_it_is_lower(tmp_path, monkeypatch, limit_file, usage_file):
+def test_cgroup_limit_counts_where_it_is_lower(
+    tmp_path, monkeypatch, limit_file, usage_file, details_file, cached
+):
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal: 9000 kB\nMemAvailable:    5000 kB\n")
     monkeypatch.setattr(memory, "_MEMINFO", meminfo)
@@ -65,6 +148,11 @@ def test_cgroup_limit_counts_where_it_is_lower(tmp_path, monkeypatch, limit_file
     (tmp_path / limit_file).write_text("3000000\n")
     (tmp_path / usage_file).write_text("1000000\n")
     assert memory.available_bytes() == 2000000
+    # Pages of files that nobody reads now go as soon as somebody needs their room.
+    (tmp_path / details_file).write_text(f"anon 300\n{cached} 600000\nactive_file 5000\n")
+    assert memory.available_bytes() == 2600000
+    (tmp_path / limit_file).write_text("max\n")
+    assert memory.available_bytes() == 5000 * 1024
     (tmp_path / limit_file).write_text("1000\n")
     assert memory.available_bytes() == 0
 

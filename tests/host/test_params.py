@@ -9,6 +9,7 @@ import pytest
 
 from jpaged.config import EngineConfig
 from jpaged.params import SamplingParams
+from tests.helpers import ANY_KIND
 
 LIMITS: dict[str, Any] = {
     "block_size": 16,
@@ -45,13 +46,19 @@ def test_defaults_are_those_of_vllm():
 
 
 def test_values_are_stored_in_one_form():
-    numpy_ints: Any = {"stop_token_ids": [3, np.int64(5)], "n": np.int32(2)}
-    params = SamplingParams(stop="\n\n", top_k=-1, temperature=0, **numpy_ints)
+    of_numpy: Any = {
+        "stop_token_ids": [3, np.int64(5)],
+        "n": np.int32(2),
+        "seed": np.uint64(2**64 - 1),
+        "top_p": np.float32(0.5),
+    }
+    params = SamplingParams(stop="\n\n", top_k=-1, temperature=0, **of_numpy)
     assert params.stop == ("\n\n",)
     assert params.stop_token_ids == (3, 5)
     assert params.top_k == 0
     assert params.greedy
-    assert type(params.n) is int
+    assert (params.seed, params.top_p) == (2**64 - 1, 0.5)
+    assert [type(v) for v in (params.n, params.seed, params.top_p)] == [int, int, float]
     assert type(params.temperature) is float
     assert SamplingParams(stop=["a", "bc"]).stop == ("a", "bc")
     assert dataclasses.replace(params, temperature=0.5).stop == ("\n\n",)
@@ -85,14 +92,18 @@ def test_what_bends_logits_is_stored_in_one_form_too():
     [
         ("n", 0),
         ("n", -1),
+        ("n", 16_385),
         ("temperature", -0.1),
         ("temperature", math.nan),
         ("temperature", math.inf),
         ("temperature", 1e-9),
+        ("temperature", 1e7),
+        ("temperature", 10**400),
         ("top_p", 0.0),
         ("top_p", 1.5),
         ("top_p", math.nan),
         ("top_k", -2),
+        ("top_k", 2**30 + 1),
         ("min_p", -0.1),
         ("min_p", 1.1),
         ("presence_penalty", 2.1),
@@ -111,14 +122,18 @@ def test_what_bends_logits_is_stored_in_one_form_too():
         ("bad_words", ["a", "  "]),
         ("bad_words", [[]]),
         ("bad_words", [[3, -1]]),
+        ("bad_words", ["a", "\ud800"]),
         ("seed", 2**64),
         ("seed", -(2**63) - 1),
         ("stop", ""),
         ("stop", ["a", ""]),
+        ("stop", ["a", "b\udcff"]),
+        ("cache_salt", "\udcff"),
         ("stop_token_ids", [-1]),
         ("max_tokens", 0),
         ("min_tokens", -1),
         ("min_tokens", 17),
+        ("min_tokens", 2**30 + 1),
         ("logprobs", -1),
         ("logprobs", 21),
     ],
@@ -128,38 +143,56 @@ def test_a_value_out_of_range_is_refused_by_name(name: str, value: object):
         SamplingParams(**{name: value})  # pyright: ignore[reportArgumentType]
 
 
+TAKEN_KINDS = {  # of `ANY_KIND`, by those fields that take any
+    "temperature": {"float"},
+    "presence_penalty": {"float"},
+    "frequency_penalty": {"float"},
+    "repetition_penalty": {"float"},
+    "logit_bias": {"none", "dict"},
+    "allowed_token_ids": {"none", "ints"},
+    "bad_words": {"text", "texts"},
+    "seed": {"none"},
+    "stop": {"text", "texts"},
+    "stop_token_ids": {"ints"},
+    "max_tokens": {"none"},
+    "logprobs": {"none"},
+    "ignore_eos": {"flag"},
+    "skip_special_tokens": {"flag"},
+    "include_stop_str_in_output": {"flag"},
+    "detokenize": {"flag"},
+    "cache_salt": {"none", "text"},
+}
+
+
+@pytest.mark.parametrize("kind", ANY_KIND)
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(SamplingParams)])
+def test_a_value_of_the_wrong_type_is_refused_by_name(name: str, kind: str):
+    value: Any = ANY_KIND[kind]
+    if kind in TAKEN_KINDS.get(name, ()):
+        SamplingParams(**{name: value})
+        return
+    error = (TypeError, ValueError) if kind in ("nan", "float") else TypeError
+    with pytest.raises(error, match=name):
+        SamplingParams(**{name: value})
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("n", True),
         ("n", 1.0),
-        ("temperature", "0.5"),
-        ("temperature", False),
-        ("top_p", None),
-        ("top_k", 2.5),
-        ("presence_penalty", "1"),
-        ("frequency_penalty", None),
-        ("repetition_penalty", True),
-        ("logit_bias", [3, 4]),
         ("logit_bias", {"3": 1.0}),
+        ("logit_bias", {True: 1.0}),
         ("logit_bias", {3: "1"}),
-        ("allowed_token_ids", 3),
         ("allowed_token_ids", ["3"]),
-        ("bad_words", 3),
         ("bad_words", [3, 4]),
         ("bad_words", [["3"]]),
-        ("seed", "7"),
-        ("stop", 3),
         ("stop", [3]),
-        ("stop_token_ids", 3),
         ("stop_token_ids", ["3"]),
         ("ignore_eos", 1),
         ("max_tokens", 4.0),
-        ("logprobs", True),
-        ("detokenize", "yes"),
     ],
 )
-def test_a_value_of_the_wrong_type_is_refused_by_name(name: str, value: object):
+def test_a_value_of_nearly_the_right_type_is_refused_by_name(name: str, value: object):
     with pytest.raises(TypeError, match=name):
         SamplingParams(**{name: value})  # pyright: ignore[reportArgumentType]
 
