@@ -16,6 +16,7 @@ from jaxtyping import Array, DTypeLike, Float, Int32
 
 from benchmarks import baseline_model
 from benchmarks.baseline_model import Caches, Params
+from jpaged.sampling import argmax
 from jpaged_models import ModelConfig
 
 # Prompts are padded to the next of these: on average a fifth of a prefill is padding.
@@ -163,7 +164,7 @@ def _start_row(
     stop_ids: Int32[Array, " E"],
 ) -> tuple[Caches, Rows]:
     """Enters a prefilled prompt and its first token. Compiles once per padded length."""
-    token = jnp.argmax(logits).astype(jnp.int32)
+    token = argmax(logits[None])[0]
     ended = (limit <= 1) | jnp.any(token == stop_ids)
     rows = Rows(
         tokens=rows.tokens.at[row].set(token),
@@ -184,7 +185,7 @@ def _decode(
 ) -> tuple[Caches, Rows]:
     """One token more for every row that has not ended. Compiles once per shape of the caches."""
     caches, logits_BV = baseline_model.decode(params, caches, rows.tokens, rows.lens, config=config)
-    tokens_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    tokens_B = argmax(logits_BV)  # as on the paged side: XLA's own is slow on a CPU
     stopped_B = jnp.any(tokens_B[:, None] == stop_ids[None, :], axis=1)
     ended_B = (rows.lens == 0) | (rows.remaining <= 1) | stopped_B
     rows = Rows(

@@ -75,11 +75,6 @@ def unpack(packed: Int32[Array, " X"], spec: PyTree) -> Any:
     return jax.tree.unflatten(tree, arrays)
 
 
-def unpack_batch(packed: Int32[Array, " X"], bucket: Bucket, block_size: int) -> StepBatch:
-    """The batch in a packed vector; runs inside jit."""
-    return unpack(packed, batch_spec(bucket, block_size))
-
-
 def table_updates(plan: StepPlan) -> list[tuple[int, int, int]]:
     """The (row, column, block id) entries that the device's tables lack."""
     return [(row.row, column, block) for row in plan.rows for column, block in row.new_blocks]

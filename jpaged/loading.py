@@ -16,7 +16,7 @@ from jpaged.memory import block_bytes, check_room, pool_bytes
 from jpaged.options import Options
 from jpaged.runner import Runner
 from jpaged.scheduler import Scheduler
-from jpaged.step import Step
+from jpaged.step import PlainStep, Step
 from jpaged_models import Checkpoint, Decoder, Tokenizer, load_decoder, open_checkpoint
 from pallas_kernels import Backend, choose_backend
 
@@ -95,8 +95,8 @@ def _with_pool(
     temporaries = 0
     if device.memory_stats():
         # What a step needs beside the pool does not depend on the pool's size.
-        bucket = buckets.all[0]
-        analysis = step.jitted(bucket).lower(*step.specs(bucket)).compile().memory_analysis()
+        largest = PlainStep(buckets.all[0])
+        analysis = step.lower(largest).compile().memory_analysis()
         assert analysis is not None, "every device that knows its memory analyses its programs"
         temporaries = analysis.temp_size_in_bytes + analysis.output_size_in_bytes
         temporaries -= analysis.alias_size_in_bytes

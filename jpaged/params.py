@@ -70,9 +70,9 @@ class SamplingParams:
             ),
             "logit_bias": _checked_bias(self.logit_bias),
             "allowed_token_ids": _checked_allowed(self.allowed_token_ids),
-            "bad_words": _checked_bad_words(self.bad_words),
-            "stop": _checked_stop(self.stop),
-            "stop_token_ids": checked_token_ids("stop_token_ids", self.stop_token_ids),
+            "bad_words": _checked_bad_words(_or_empty(self.bad_words)),
+            "stop": _checked_stop(_or_empty(self.stop)),
+            "stop_token_ids": checked_token_ids("stop_token_ids", _or_empty(self.stop_token_ids)),
             "min_tokens": checked_int("min_tokens", self.min_tokens, least=0, most=MAX_TOKENS),
         }
         if self.seed is not None:
@@ -210,6 +210,11 @@ def _checked_allowed(value: object) -> tuple[int, ...] | None:
     if not token_ids:
         raise ValueError("allowed_token_ids must not be empty; None allows every token")
     return token_ids
+
+
+def _or_empty(value: object) -> object:
+    """A list that may be left out as None, as in vLLM."""
+    return () if value is None else value
 
 
 def _checked_bad_words(value: object) -> tuple[str | tuple[int, ...], ...]:

@@ -15,7 +15,16 @@ from jpaged.plan import ScheduledRow, StepPlan
 from jpaged.preparation import pack_preparations
 from jpaged.shape_batch import pack_shape_batch, pack_shape_starts, shaping_rows
 from jpaged.state import LogitShape
-from jpaged.step import Outputs, Step, StepOutput
+from jpaged.step import (
+    Outputs,
+    PlainStep,
+    Prepare,
+    Program,
+    ShapedStep,
+    StartShape,
+    Step,
+    StepOutput,
+)
 from jpaged_models import Decoder
 from pallas_kernels import Backend
 
@@ -26,8 +35,8 @@ class Runner:
     """Runs plans over the device arrays.
 
     Pool and state are donated to every step and rebound to its results: exactly one live copy of
-    each. Steps compile once per (bucket, outputs), all common ones in `warm_up`. `shape`, what
-    bends the logits, and the steps that read it come into being with the first request for them.
+    each. Programs compile once, the common ones in `warm_up`. `shape`, what bends the logits, and
+    the programs that read it come into being with the first request for them.
     """
 
     def __init__(
@@ -44,10 +53,7 @@ class Runner:
         self.model = decoder.config
         self.step = Step(decoder, config, pool_dtype=pool_dtype, backend=backend)
         self.params = jax.tree.leaves(nnx.split(decoder)[1])
-        self.programs: dict[tuple[Bucket, Outputs], jax.stages.Compiled] = {}
-        self.preparation: jax.stages.Compiled | None = None
-        self.shaped_programs: dict[tuple[Bucket, Outputs], jax.stages.Compiled] = {}
-        self.shape_start: jax.stages.Compiled | None = None
+        self.programs: dict[Program, jax.stages.Compiled] = {}
         self.shape: LogitShape | None = None
         self.lazy_compiles = 0
         self.pool, self.state = jax.jit(self.step.zeros)()
@@ -76,43 +82,27 @@ class Runner:
         if rows := shaping_rows(plan):
             self._start_shapes(rows)
             return self._run_shaped(plan, bucket, packed, outputs)
-        program = self._program(bucket, outputs)
+        program = self._program(PlainStep(bucket, outputs))
         self.pool, self.state, out = program(self.params, self.pool, self.state, packed)
         return out
 
     def warm_up(self, *, progress: bool = False) -> None:
         """Compiles every common program, on as many threads as help."""
-        missing = [b for b in self.buckets.all if (b, Outputs.TOKENS) not in self.programs]
+        common = [*map(PlainStep, self.buckets.all), Prepare()]
+        missing = [program for program in common if program not in self.programs]
         with ThreadPoolExecutor(COMPILE_THREADS) as threads:
             compiled = threads.map(self.compile, missing)
             bar = tqdm(compiled, "compiling", len(missing), disable=not progress, leave=False)
-            for bucket, program in zip(missing, bar, strict=True):
-                self.programs[bucket, Outputs.TOKENS] = program
-        if self.preparation is None:
-            self.preparation = self.compile_preparation()
+            self.programs.update(zip(missing, bar, strict=True))
 
-    def compile(self, bucket: Bucket, outputs: Outputs = Outputs.TOKENS) -> jax.stages.Compiled:
-        """The step's executable for a bucket; its `memory_analysis()` is exact."""
-        return self.step.jitted(bucket, outputs).lower(*self.step.specs(bucket)).compile()
-
-    def compile_preparation(self) -> jax.stages.Compiled:
-        """The executable that copies blocks and enters long tables before a step."""
-        return self.step.preparation().lower(*self.step.preparation_specs()).compile()
-
-    def compile_shaped(self, bucket: Bucket, outputs: Outputs) -> jax.stages.Compiled:
-        """The executable of a bucket's step in which logits are bent."""
-        jitted = self.step.jitted_shaped(bucket, outputs)
-        return jitted.lower(*self.step.shaped_specs(bucket)).compile()
-
-    def compile_shape_start(self) -> jax.stages.Compiled:
-        """The executable that enters what bends the logits of a row."""
-        return self.step.shape_start().lower(*self.step.shape_start_specs()).compile()
+    def compile(self, program: Program) -> jax.stages.Compiled:
+        """The executable of a program; its `memory_analysis()` is exact."""
+        return self.step.lower(program).compile()
 
     @property
     def num_programs(self) -> int:
         """Programs compiled so far."""
-        small = [self.preparation, self.shape_start]
-        return len(self.programs) + len(self.shaped_programs) + len(small) - small.count(None)
+        return len(self.programs)
 
     @property
     def is_lost(self) -> bool:
@@ -124,52 +114,44 @@ class Runner:
         """Deletes the device arrays at once, whoever still refers to them."""
         _delete((self.params, self.pool, self.state, self.shape))
         self.programs.clear()
-        self.shaped_programs.clear()
-        self.preparation = self.shape_start = None
 
     def _prepare(
         self, copies: tuple[tuple[int, int], ...], updates: list[tuple[int, int, int]]
     ) -> None:
         """Copies blocks and enters what the step's own batch has no room for."""
         for packed in pack_preparations(copies, updates, max_num_seqs=self.config.max_num_seqs):
-            if self.preparation is None:
-                self.preparation = self.compile_preparation()
-                self.lazy_compiles += 1
-            self.pool, self.state = self.preparation(self.pool, self.state, packed)
+            prepare = self._program(Prepare())
+            self.pool, self.state = prepare(self.pool, self.state, packed)
 
     def _start_shapes(self, rows: list[ScheduledRow]) -> None:
         """Enters what bends the logits of rows that start, of all where there was no state yet."""
         is_late = self.shape is None
         if self.shape is None:
             self.shape = jax.jit(self.step.zero_shape)()
-        if self.shape_start is None:
-            self.shape_start = self.compile_shape_start()
-            self.lazy_compiles += 1
+        start = self._program(StartShape())
         limits = {"padding_row": self.config.max_num_seqs, "vocab_size": self.model.vocab_size}
         for row in rows:
             if is_late or row.is_new:
                 for packed in pack_shape_starts(row, **limits):
-                    self.shape = self.shape_start(self.shape, packed)
+                    self.shape = start(self.shape, packed)
 
     def _run_shaped(
         self, plan: StepPlan, bucket: Bucket, packed: np.ndarray, outputs: Outputs
     ) -> StepOutput:
         """The plan's results where some of its rows have their logits bent."""
-        key = (bucket, outputs)
-        if key not in self.shaped_programs:
-            self.shaped_programs[key] = self.compile_shaped(bucket, outputs)
-            self.lazy_compiles += 1
+        program = self._program(ShapedStep(bucket, outputs))
         beside = pack_shape_batch(plan, bucket, padding_row=self.config.max_num_seqs)
-        self.pool, self.state, self.shape, out = self.shaped_programs[key](
+        self.pool, self.state, self.shape, out = program(
             self.params, self.pool, self.state, self.shape, np.concatenate([packed, beside])
         )
         return out
 
-    def _program(self, bucket: Bucket, outputs: Outputs) -> jax.stages.Compiled:
-        if (bucket, outputs) not in self.programs:
-            self.programs[bucket, outputs] = self.compile(bucket, outputs)
+    def _program(self, program: Program) -> jax.stages.Compiled:
+        """The executable, compiled now if it is one of the rare ones."""
+        if program not in self.programs:
+            self.programs[program] = self.compile(program)
             self.lazy_compiles += 1
-        return self.programs[bucket, outputs]
+        return self.programs[program]
 
 
 def _delete(arrays: PyTree) -> None:

@@ -97,18 +97,17 @@ def filter_logits(logits: Float[Array, "B V"], rows: SamplingRows) -> Float[Arra
     high = jnp.max(logits, axis=-1, keepdims=True)
     # log(0) = -inf keeps everything; the likeliest token always stays.
     logits = jnp.where(logits >= high + jnp.log(rows.min_p)[:, None], logits, FORBIDDEN)
-    ordered = _ordered_bits(logits)
 
     def by_count(logits: Array) -> Array:
         wanted = jnp.where(rows.top_k > 0, jnp.minimum(rows.top_k, V), V)
-        return _keep_top(logits, ordered, jnp.ones_like(logits), wanted.astype(jnp.float32))
+        return _keep_top(logits, jnp.ones_like(logits), wanted.astype(jnp.float32))
 
     logits = jax.lax.cond(jnp.any(rows.top_k > 0), by_count, lambda x: x, logits)
 
     def by_mass(logits: Array) -> Array:
         mass = jnp.where(logits > FORBIDDEN, jnp.exp(logits - high), 0)
         wanted = rows.top_p * jnp.sum(mass, axis=-1)
-        kept = _keep_top(logits, ordered, mass, wanted)
+        kept = _keep_top(logits, mass, wanted)
         return jnp.where(rows.top_p[:, None] < 1, kept, logits)
 
     return jax.lax.cond(jnp.any(rows.top_p < 1), by_mass, lambda x: x, logits)
@@ -140,7 +139,6 @@ def _ordered_bits(x: Float[Array, "B V"]) -> Int32[Array, "B V"]:
 
 def _keep_top(
     logits: Float[Array, "B V"],
-    ordered: Int32[Array, "B V"],
     weights: Float[Array, "B V"],
     wanted: Float[Array, " B"],
 ) -> Float[Array, "B V"]:
@@ -150,7 +148,8 @@ def _keep_top(
     """
 
     def weight_above(threshold: Int32[Array, " B"]) -> Float[Array, " B"]:
-        return jnp.sum(jnp.where(ordered >= threshold[:, None], weights, 0), axis=-1)
+        # The bits are taken anew each time: they cost less than a copy of the logits to keep them.
+        return jnp.sum(jnp.where(_ordered_bits(logits) >= threshold[:, None], weights, 0), axis=-1)
 
     def narrow(bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds  # low keeps enough; nothing above high does
@@ -159,6 +158,7 @@ def _keep_top(
         enough = weight_above(middle) >= wanted
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle - 1)
 
+    ordered = _ordered_bits(logits)
     bounds = (jnp.min(ordered, axis=-1), jnp.max(ordered, axis=-1))
     low, _ = jax.lax.while_loop(lambda bounds: jnp.any(bounds[0] < bounds[1]), narrow, bounds)
     return jnp.where(ordered >= low[:, None], logits, FORBIDDEN)

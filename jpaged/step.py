@@ -1,8 +1,12 @@
-"""The one jitted function of the engine: a batch through the network, the pool and the sampler."""
+"""What the engine jits: a batch through the network, the pool and the sampler, and what serves it.
+
+Nothing here has an array of its own.
+"""
 
 import dataclasses
 import enum
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int32
 
-from jpaged.batch import batch_spec, packed_spec, sampling_spec, unpack, unpack_batch
+from jpaged.batch import batch_spec, packed_spec, sampling_spec, unpack
 from jpaged.buckets import Bucket
 from jpaged.config import EngineConfig
 from jpaged.preparation import preparation_spec
@@ -38,6 +42,38 @@ class Outputs(enum.Enum):
     LOGITS = "logits"  # of every token, for tests: [T, V]
 
 
+@dataclasses.dataclass(frozen=True)
+class PlainStep:
+    """`(params, pool, state, packed batch) -> (pool, state, out)`: a step of one bucket."""
+
+    bucket: Bucket
+    outputs: Outputs = Outputs.TOKENS
+
+
+@dataclasses.dataclass(frozen=True)
+class ShapedStep:
+    """`(params, pool, state, shape, packed batches) -> (pool, state, shape, out)`.
+
+    A step of which some rows have their logits bent.
+    """
+
+    bucket: Bucket
+    outputs: Outputs = Outputs.TOKENS
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepare:
+    """`(pool, state, packed preparation) -> (pool, state)`: what a step may need before it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StartShape:
+    """`(shape, packed start) -> shape`: enters what bends the logits of a row."""
+
+
+Program = PlainStep | ShapedStep | Prepare | StartShape  # each is compiled once
+
+
 class StepOutput(NamedTuple):
     """A step's results on the device; rows as in the plan, padding after them."""
 
@@ -47,7 +83,7 @@ class StepOutput(NamedTuple):
 
 
 class Step:
-    """`step(params, pool, state, packed batch) -> (pool, state, out)`, pool and state donated.
+    """Defines the programs of one model, under one engine's limits.
 
     Holds no arrays: with an abstract decoder it compiles for a device that is not there.
     """
@@ -79,57 +115,40 @@ class Step:
         tables = jnp.zeros((R, config.max_blocks_per_seq), jnp.int32)
         return pools, DeviceState(tables, jnp.zeros(R, jnp.int32), sampling)
 
-    def specs(self, bucket: Bucket) -> tuple[Any, ...]:
-        """The shapes and dtypes of a step's arguments."""
-        packed = packed_spec(batch_spec(bucket, self.config.block_size))
-        return (self.param_specs, *jax.eval_shape(self.zeros), packed)
-
-    def jitted(self, bucket: Bucket, outputs: Outputs = Outputs.TOKENS) -> jax.stages.Wrapped:
-        """The step of one bucket. Compiles once per (bucket, outputs)."""
-        step = functools.partial(self._step, bucket=bucket, outputs=outputs)
-        return jax.jit(step, donate_argnums=(1, 2))
-
-    def preparation(self) -> jax.stages.Wrapped:
-        """`(pool, state, packed preparation) -> (pool, state)`: what a step may need before it."""
-        return jax.jit(self._prepare, donate_argnums=(0, 1))
-
-    def preparation_specs(self) -> tuple[Any, ...]:
-        """The shapes and dtypes of a preparation's arguments."""
-        packed = packed_spec(preparation_spec(self.config.max_num_seqs))
-        return (*jax.eval_shape(self.zeros), packed)
-
     def zero_shape(self) -> LogitShape:
         """What bends the logits, of rows that bend nothing."""
         return zero_shape(self.config.max_num_seqs, self.model.vocab_size)
 
-    def shaped_specs(self, bucket: Bucket) -> tuple[Any, ...]:
-        """The shapes and dtypes of a shaped step's arguments."""
-        packed = packed_spec(self._shaped_batch_spec(bucket))
-        shape = jax.eval_shape(self.zero_shape)
-        return (self.param_specs, *jax.eval_shape(self.zeros), shape, packed)
+    def define(self, program: Program) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
+        """The jitted function of a program, and the shapes and dtypes of its arguments.
 
-    def jitted_shaped(
-        self, bucket: Bucket, outputs: Outputs = Outputs.TOKENS
-    ) -> jax.stages.Wrapped:
-        """The step of a bucket, of whose rows some have their logits bent.
-
-        `(params, pool, state, shape, packed batches) -> (pool, state, shape, out)`. Compiles once
-        per (bucket, outputs).
+        All but the parameters and the last argument, one packed vector, is donated.
         """
-        step = functools.partial(self._shaped_step, bucket=bucket, outputs=outputs)
-        return jax.jit(step, donate_argnums=(1, 2, 3))
+        pools, state, shape = jax.eval_shape(lambda: (*self.zeros(), self.zero_shape()))
+        function: Callable[..., Any]
+        match program:
+            case PlainStep(bucket, outputs):
+                function = functools.partial(self._step, bucket=bucket, outputs=outputs)
+                kept, donated, batch = [self.param_specs], [pools, state], self._batch_spec(bucket)
+            case ShapedStep(bucket, outputs):
+                function = functools.partial(self._shaped_step, bucket=bucket, outputs=outputs)
+                kept, donated = [self.param_specs], [pools, state, shape]
+                batch = self._shaped_batch_spec(bucket)
+            case Prepare():
+                function = self._prepare
+                kept, donated = [], [pools, state]
+                batch = preparation_spec(self.config.max_num_seqs)
+            case StartShape():
+                function = _start_shape
+                kept, donated, batch = [], [shape], shape_start_spec()
+        donate_argnums = range(len(kept), len(kept) + len(donated))
+        jitted = jax.jit(function, donate_argnums=tuple(donate_argnums))
+        return jitted, (*kept, *donated, packed_spec(batch))
 
-    def shape_start(self) -> jax.stages.Wrapped:
-        """`(shape, packed start) -> shape`: enters what bends the logits of a row."""
-
-        def start(shape: LogitShape, packed: Int32[Array, " X"]) -> LogitShape:
-            return start_row(shape, unpack(packed, shape_start_spec()))
-
-        return jax.jit(start, donate_argnums=0)
-
-    def shape_start_specs(self) -> tuple[Any, ...]:
-        """The shapes and dtypes of a start's arguments."""
-        return jax.eval_shape(self.zero_shape), packed_spec(shape_start_spec())
+    def lower(self, program: Program) -> jax.stages.Lowered:
+        """The program, ready to be compiled."""
+        jitted, specs = self.define(program)
+        return jitted.lower(*specs)
 
     def _prepare(
         self, pools: Pools, state: DeviceState, packed: Int32[Array, " X"]
@@ -150,7 +169,7 @@ class Step:
         outputs: Outputs,
     ) -> tuple[Pools, DeviceState, StepOutput]:
         decoder = self._decoder(params)
-        batch = unpack_batch(packed, bucket, self.config.block_size)
+        batch = unpack(packed, self._batch_spec(bucket))
         hidden, pools, state = self._hidden(decoder, pools, state, batch, bucket)
         logits = decoder.logits(_last_tokens(hidden, batch, bucket))
         sampled, state = _sample(logits, state, batch)
@@ -176,8 +195,11 @@ class Step:
         shape = count_tokens(shape, batch.sampled_row_ids, sampled)
         return pools, state, shape, _output(decoder, hidden, logits, sampled, outputs)
 
+    def _batch_spec(self, bucket: Bucket) -> StepBatch:
+        return batch_spec(bucket, self.config.block_size)
+
     def _shaped_batch_spec(self, bucket: Bucket) -> tuple[StepBatch, ShapeBatch]:
-        return batch_spec(bucket, self.config.block_size), shape_batch_spec(bucket)
+        return self._batch_spec(bucket), shape_batch_spec(bucket)
 
     def _decoder(self, params: list[Array]) -> Decoder:
         return nnx.merge(self._graph, jax.tree.unflatten(self._params_tree, params))
@@ -192,6 +214,10 @@ class Step:
         )
         hidden, pools = decoder(tokens, pools, context)
         return hidden, pools, state
+
+
+def _start_shape(shape: LogitShape, packed: Int32[Array, " X"]) -> LogitShape:
+    return start_row(shape, unpack(packed, shape_start_spec()))
 
 
 def _last_tokens(

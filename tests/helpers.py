@@ -14,7 +14,6 @@ import numpy as np
 from flax import nnx
 
 from jpaged.bad_words import word_ids
-from jpaged.buckets import Bucket
 from jpaged.config import EngineConfig
 from jpaged.devices import first_device
 from jpaged.engine import Engine
@@ -27,7 +26,7 @@ from jpaged.requests import Request
 from jpaged.requests import Sequence as TokenSequence
 from jpaged.runner import Runner
 from jpaged.scheduler import Scheduler
-from jpaged.step import Outputs, StepOutput
+from jpaged.step import Outputs, Program, StepOutput
 from jpaged_models import Decoder, ModelConfig, Tokenizer, random_decoder
 from pallas_kernels import Backend
 
@@ -70,6 +69,18 @@ def assert_close(found: Any, expected: Any, tolerance: float, message: str = "")
     assert np.isfinite(found).all(), f"{message}: not finite"
     error = np.max(np.abs(found - expected)) / np.max(np.abs(expected))
     assert error <= tolerance, f"{message}: relative error {error:.2e} exceeds {tolerance:.0e}"
+
+
+SMOLLM2: dict[str, Any] = {  # the shapes of the default model
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_heads": 9,
+    "num_kv_heads": 3,
+    "head_size": 64,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
 
 
 def tiny_config(**changes: Any) -> ModelConfig:
@@ -165,17 +176,10 @@ def compile_quickly(engine: Engine) -> Engine:
     """
     runner = engine.runner
 
-    def compile_bucket(bucket: Bucket, outputs: Outputs = Outputs.TOKENS) -> jax.stages.Compiled:
-        lowered = runner.step.jitted(bucket, outputs).lower(*runner.step.specs(bucket))
-        return lowered.compile({"xla_backend_optimization_level": "0"})
+    def compile_program(program: Program) -> jax.stages.Compiled:
+        return runner.step.lower(program).compile({"xla_backend_optimization_level": "0"})
 
-    def compile_shaped(bucket: Bucket, outputs: Outputs) -> jax.stages.Compiled:
-        jitted = runner.step.jitted_shaped(bucket, outputs)
-        lowered = jitted.lower(*runner.step.shaped_specs(bucket))
-        return lowered.compile({"xla_backend_optimization_level": "0"})
-
-    runner.compile = compile_bucket
-    runner.compile_shaped = compile_shaped
+    runner.compile = compile_program
     return engine
 
 

@@ -26,7 +26,7 @@ from jpaged.shape_batch import (
 )
 from jpaged.shaping import count_tokens, shape_logits, start_row, zero_shape
 from jpaged.state import LogitShape, ShapeBatch
-from jpaged.step import Outputs, StepOutput
+from jpaged.step import Outputs, ShapedStep, StartShape, StepOutput
 from tests.helpers import (
     NEAR_TIE,
     assert_close,
@@ -337,7 +337,8 @@ def test_logprobs_stay_those_of_the_model_itself():
 def test_programs_and_state_come_with_the_first_request_that_needs_them_and_not_before():
     engine = tiny_engine()
     runner: Runner = engine.runner
-    runner.shaped_programs, runner.shape_start = {}, None  # its own, not the shared ones
+    rare = (ShapedStep, StartShape)  # its own, not the shared ones
+    runner.programs = {p: c for p, c in runner.programs.items() if not isinstance(p, rare)}
     num_programs, num_lazy = runner.num_programs, runner.lazy_compiles
     plain = [make_request(make_prompt(n, seed=n), temperature=n % 2) for n in (3, 12, 30)]
     run_to_end(engine, plain)
@@ -347,8 +348,8 @@ def test_programs_and_state_come_with_the_first_request_that_needs_them_and_not_
         run_to_end(engine, [make_request(make_prompt(9), presence_penalty=1.0)])
         assert (runner.num_programs, runner.lazy_compiles) == (num_programs + 3, num_lazy + 3)
     donated = jax.tree.leaves((runner.pool, runner.state, runner.shape))
-    for program in runner.shaped_programs.values():
-        analysis = program.memory_analysis()
+    for program in [p for p in runner.programs if isinstance(p, ShapedStep)]:
+        analysis = runner.programs[program].memory_analysis()
         assert analysis is not None
         assert analysis.alias_size_in_bytes == sum(leaf.nbytes for leaf in donated)
     runner.reset()

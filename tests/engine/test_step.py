@@ -9,20 +9,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jpaged.batch import FROM_DEVICE, pack_batch, unpack_batch
-from jpaged.buckets import Buckets
+from jpaged.batch import FROM_DEVICE, batch_spec, pack_batch, unpack
+from jpaged.buckets import Bucket, Buckets
+from jpaged.config import EngineConfig
 from jpaged.engine import Engine
 from jpaged.params import SamplingParams
 from jpaged.plan import StepPlan
 from jpaged.scheduler import Scheduler
-from jpaged.step import Outputs, StepOutput
+from jpaged.step import Outputs, PlainStep, Prepare, Step, StepOutput
+from jpaged_models import Phase, abstract_decoder
+from pallas_kernels import Backend, default_backend
 from tests.helpers import (
+    SMOLLM2,
     generated,
     llm_over,
     make_engine,
     make_prompt,
     make_request,
     run_to_end,
+    tiny_config,
     tiny_decoder,
     tiny_engine,
 )
@@ -97,20 +102,38 @@ def test_pool_and_state_are_updated_in_place_and_no_temporary_is_a_layers_slab(w
     slab = runner.pool[0].nbytes
     donated = sum(leaf.nbytes for leaf in jax.tree.leaves((runner.pool, runner.state)))
     assert slab > 2**23
-    for (bucket, outputs), program in runner.programs.items():
-        if outputs is not Outputs.TOKENS:
-            continue
-        analysis = program.memory_analysis()
+    common = [*map(PlainStep, runner.buckets.all), Prepare()]
+    assert set(common) <= set(runner.programs)
+    for program in common:
+        analysis = runner.programs[program].memory_analysis()
         assert analysis is not None
-        assert analysis.alias_size_in_bytes == donated, bucket
-        assert analysis.temp_size_in_bytes < slab, bucket
+        assert analysis.alias_size_in_bytes == donated, program
+        assert analysis.temp_size_in_bytes < slab, program
         # All that comes out beside them is a token a row.
-        assert analysis.output_size_in_bytes - donated < 1024, bucket
-    assert runner.preparation is not None
-    analysis = runner.preparation.memory_analysis()
-    assert analysis is not None
-    assert analysis.alias_size_in_bytes == donated
-    assert analysis.temp_size_in_bytes < slab
+        assert analysis.output_size_in_bytes - donated < 1024, program
+
+
+@pytest.mark.parametrize("backend", sorted({Backend.XLA.value, default_backend().value}))
+def test_at_the_default_models_shapes_a_step_needs_little_beside_the_pool(backend: str):
+    """Beside the sampler's copies of the logits there is next to nothing."""
+    config = tiny_config(**SMOLLM2, num_layers=2, layer_windows=(None, None))
+    decoder = abstract_decoder(config, dtype=jnp.float32)
+    limits = EngineConfig(
+        block_size=16,
+        num_blocks=2913,  # of the 2 GiB that a CPU's pool has at most
+        max_num_seqs=64,
+        max_num_batched_tokens=256,
+        max_model_len=8192,
+    )
+    step = Step(decoder, limits, pool_dtype=jnp.float32, backend=Backend(backend))
+    slab = 2913 * 3 * 16 * 128 * 4
+    for bucket in (Bucket(Phase.DECODE, 16, 16), Bucket(Phase.MIXED, 256, 64)):
+        analysis = step.lower(PlainStep(bucket)).compile().memory_analysis()
+        assert analysis is not None
+        assert analysis.alias_size_in_bytes >= 2 * slab
+        logits = bucket.num_rows * config.vocab_size * 4
+        assert analysis.temp_size_in_bytes < 6.1 * logits, bucket
+        assert 2 * logits < slab  # so none of those copies is nearly as large as a slab
 
 
 def test_the_pool_that_went_in_is_gone_and_there_is_one_live_copy(warm: WarmEngine):
@@ -157,7 +180,7 @@ def test_sampled_tokens_are_fed_back_on_the_device():
         nonlocal num_fed_back
         bucket = engine.runner.buckets.fit(plan)
         packed = pack_batch(plan, bucket, [], block_size=8, padding_row=4, eos_token_ids=())
-        tokens = np.asarray(unpack_batch(jnp.asarray(packed), bucket, 8).tokens)
+        tokens = np.asarray(unpack(jnp.asarray(packed), batch_spec(bucket, 8)).tokens)
         for row in plan.rows:
             generates = row.start >= row.sequence.num_prompt_tokens
             assert row.feeds_back == generates

@@ -7,23 +7,13 @@ import pytest
 
 from jpaged.buckets import Bucket
 from jpaged.config import EngineConfig
-from jpaged.step import Step
+from jpaged.step import PlainStep, Step
 from jpaged_models import Phase, abstract_decoder
 from pallas_kernels import Backend
-from tests.helpers import tiny_config
+from tests.helpers import SMOLLM2, tiny_config
 from tests.kernels.tpu_topology import compile_for_tpu, missing_libtpu
 
 NUM_BLOCKS = 32768  # a slab larger than the embedding and than VMEM: the bound says something
-SMOLLM2 = {
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_heads": 9,
-    "num_kv_heads": 3,
-    "head_size": 64,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": True,
-}
 SLAB_BYTES = NUM_BLOCKS * 3 * 16 * 128 * 2  # one layer of the pool below
 
 pytestmark = pytest.mark.skipif(missing_libtpu() is not None, reason=str(missing_libtpu()))
@@ -42,7 +32,7 @@ def build_step(*, phase: str, num_tokens: int, num_rows: int, num_layers: int) -
     )
     step = Step(decoder, limits, pool_dtype=jnp.bfloat16, backend=Backend.PALLAS_TPU)
     bucket = Bucket(Phase(phase), num_tokens, num_rows)
-    return step.jitted(bucket), step.specs(bucket)
+    return step.define(PlainStep(bucket))
 
 
 @pytest.mark.parametrize(
