@@ -71,6 +71,8 @@ def test_what_bends_logits_is_stored_in_one_form_too():
     assert params.allowed_token_ids == (4, 5)
     assert params.bad_words == ("no ", (3, 4))
     assert SamplingParams(bad_words="never").bad_words == ("never",)
+    left_out: Any = {"stop": None, "stop_token_ids": None, "bad_words": None}
+    assert SamplingParams(**left_out) == SamplingParams()
     assert SamplingParams(logit_bias={}).logit_bias is None
     again = dataclasses.replace(params)
     assert again == params
@@ -150,10 +152,10 @@ TAKEN_KINDS = {  # of `ANY_KIND`, by those fields that take any
     "repetition_penalty": {"float"},
     "logit_bias": {"none", "dict"},
     "allowed_token_ids": {"none", "ints"},
-    "bad_words": {"text", "texts"},
+    "bad_words": {"none", "text", "texts"},
     "seed": {"none"},
-    "stop": {"text", "texts"},
-    "stop_token_ids": {"ints"},
+    "stop": {"none", "text", "texts"},
+    "stop_token_ids": {"none", "ints"},
     "max_tokens": {"none"},
     "logprobs": {"none"},
     "ignore_eos": {"flag"},
