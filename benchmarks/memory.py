@@ -7,6 +7,7 @@ drawn from laws fitted to real traces, in a pool that is always full. A step is 
 computes whole prompts, or one token of each sequence that runs. The pool holds as many tokens as
 --slabs of the longest request. Averages leave out the beginning, in which all requests are young,
 and the end, in which none waits. Shared tokens count once, and blocks nobody refers to are free.
+The picture adds a replay with shared prompts in a small pool: its blocks, its tables, its steps.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from benchmarks.contiguous import Buddies, FirstFit, Shares, Slabs, reserve
 from benchmarks.host_cost import HostCost, host_cost
 from benchmarks.lengths import LAWS, RequestLengths, law_lengths, read_trace
 from benchmarks.measure import host_provenance
+from benchmarks.moment import replay_moment
 from benchmarks.plot import draw, has_matplotlib
 from benchmarks.replay import Hits, read_prompts, replay
 from benchmarks.saturate import Saturated, Saving, saturate, save
@@ -41,7 +43,8 @@ def main() -> None:
     """Prints tables for people and, last, one JSON line."""
     options = _options()
     reports, hits, cost = [], [], None
-    for name, lengths in _all_lengths(options):
+    all_lengths = _all_lengths(options)
+    for name, lengths in all_lengths:
         report: dict = {"lengths": name, "requests": len(lengths)}
         longest = max(pair.input_tokens + pair.output_tokens for pair in lengths)
         num_slots = options.slabs * longest // options.block_size * options.block_size
@@ -62,7 +65,7 @@ def main() -> None:
     if "cost" in options.parts:
         cost = _cost(options)
     if options.plot:
-        _plot(reports, options.plot)
+        _plot(reports, all_lengths[0][1], options)
     figures = {"reports": reports, "hits": hits, "cost": cost}
     print(json.dumps({"benchmark": "memory", "bars": BARS, **figures, **host_provenance()}))
 
@@ -222,9 +225,10 @@ def _cost(options: argparse.Namespace) -> dict:
     return dataclasses.asdict(cost)
 
 
-def _plot(reports: list[dict], path: str) -> None:
+def _plot(reports: list[dict], lengths: list[RequestLengths], options: argparse.Namespace) -> None:
+    path = options.plot
     if has_matplotlib():
-        draw(reports, path)
+        draw(reports, replay_moment(lengths, block_size=options.block_size), path)
         print(f"\ndrawn: {path}")
     else:
         print(

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from jpaged.llm import LLM
     from jpaged.outputs import CompletionOutput, Logprob, RequestOutput
     from jpaged.params import SamplingParams
+    from jpaged.picture import show
+    from jpaged.snapshot import Snapshot
     from jpaged.stats import Stats
 
 __version__ = "0.1.0"
@@ -25,7 +27,9 @@ _HOMES = {  # loaded when first used: importing jpaged loads no flax and touches
     "QueueFullError": "jpaged.errors",
     "RequestOutput": "jpaged.outputs",
     "SamplingParams": "jpaged.params",
+    "Snapshot": "jpaged.snapshot",
     "Stats": "jpaged.stats",
+    "show": "jpaged.picture",
 }
 
 __all__ = [
@@ -39,8 +43,10 @@ __all__ = [
     "QueueFullError",
     "RequestOutput",
     "SamplingParams",
+    "Snapshot",
     "Stats",
     "generate",
+    "show",
     "shutdown",
 ]
 

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -15,7 +16,9 @@ from jpaged.outputs import RequestOutput, request_output
 from jpaged.params import SamplingParams
 from jpaged.prompts import Prompt
 from jpaged.requests import Request
+from jpaged.snapshot import Snapshot
 from jpaged.stats import Stats
+from jpaged.trace import StepRecord
 
 
 class AsyncLLM:
@@ -94,6 +97,15 @@ class AsyncLLM:
         """What runs, what waits, how full the pool is, and how many programs were compiled."""
         await self.start()
         return await self._ask(lambda: self._open_llm().stats())
+
+    async def snapshot(self) -> Snapshot:
+        """Every block of the pool and every block table; `await jpaged.show(llm)` draws them."""
+        await self.start()
+        return await self._ask(lambda: self._open_llm().snapshot())
+
+    def trace(self) -> AbstractContextManager[list[StepRecord]]:
+        """Records the steps, as `LLM.trace` does; the list grows while the task waits."""
+        return self._open_llm().trace()
 
     @property
     def model_source(self) -> str:

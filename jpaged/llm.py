@@ -4,6 +4,7 @@ import inspect
 import os
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,7 +20,9 @@ from jpaged.outputs import RequestOutput, output_delta, request_output
 from jpaged.params import SamplingParams, checked_flag, checked_text
 from jpaged.prompts import Prompt, RequestMaker, as_params, as_prompts, one_params
 from jpaged.requests import Request
+from jpaged.snapshot import Snapshot, take_snapshot
 from jpaged.stats import Stats
+from jpaged.trace import StepRecord, StepRecorder
 
 
 class LLM:
@@ -92,6 +95,7 @@ class LLM:
         self.model_config = built.engine.runner.model
         self.tokenizer = built.engine.tokenizer
         self._maker = RequestMaker(self.model_config, self.tokenizer, seed=options.seed)
+        self._recorder = StepRecorder(self.engine.scheduler)
         self._requests: dict[str, Request] = {}  # those whose end no caller has taken yet
         self._outputs: dict[str, RequestOutput] = {}  # news that no caller has taken yet
         self._news_lost = False  # whether a step was interrupted before its news were kept
@@ -196,6 +200,20 @@ class LLM:
         """What runs, what waits, how full the pool is, and how many programs were compiled."""
         return self.engine.stats()
 
+    def snapshot(self) -> Snapshot:
+        """Every block of the pool and every block table; `jpaged.show(llm)` draws them."""
+        return take_snapshot(self.engine.scheduler)
+
+    def trace(self) -> AbstractContextManager[list[StepRecord]]:
+        """Records the steps: `with llm.trace() as steps: ...`, then `pandas.DataFrame(steps)`.
+
+        The list has a dict for each step so far, whoever asked for it: its number, `time` at its
+        end since the trace began and `seconds` it took; rows `running` in it and sequences
+        `waiting` after it; `tokens` computed, in `prefills` and `decodes` rows; blocks, `waste` and
+        `saving` as `stats()` means them, while it ran; and its own share of the totals there.
+        """
+        return self._recorder.trace()
+
     def reset_prefix_cache(self) -> bool:
         """Forgets every cached prefix; False, and nothing done, while requests hold blocks."""
         return self.engine.scheduler.reset_prefix_cache()
@@ -296,7 +314,7 @@ class LLM:
             for request_id, request in self._requests.items():
                 self._outputs[request_id] = request_output(request)
         self._news_lost = True
-        for sequence in self.engine.step():
+        for sequence in self._recorder.run(self.engine.step):
             request = sequence.request
             self._outputs[request.request_id] = request_output(request)
         self._news_lost = False

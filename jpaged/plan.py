@@ -46,3 +46,8 @@ class StepPlan:
     num_decodes: int
     copies: tuple[tuple[int, int], ...]
     preempted: tuple[Sequence, ...]
+
+    @property
+    def num_prefills(self) -> int:
+        """Rows with more than one token."""
+        return sum(row.num_tokens > 1 for row in self.rows[self.num_decodes :])

@@ -339,13 +339,9 @@ class Scheduler:
         self.counters.preemptions += 1
 
     def _count_held(self, plan: StepPlan) -> None:
-        counters, num_blocks = self.counters, self.pool.num_used
-        counters.computed_tokens += plan.num_tokens
-        counters.peak_blocks = max(counters.peak_blocks, num_blocks)
         tables = [(row.sequence.block_ids, row.seq_len) for row in plan.rows]
-        counters.held_tokens += self._num_held(tables)
-        counters.held_slots += num_blocks * self.config.block_size
-        counters.copied_blocks += len(plan.copies)
+        size, held = self.config.block_size, self._num_held(tables)
+        self.counters.add_step(plan, self.pool, tokens_held=held, block_size=size)
 
     def _num_held(self, tables: list[tuple[list[int], int]]) -> int:
         """Filled slots of the blocks in use: only a table's last block may have empty ones."""

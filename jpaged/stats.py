@@ -4,6 +4,8 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from jpaged.blocks import BlockPool
+    from jpaged.plan import StepPlan
     from jpaged.scheduler import Scheduler
 
 
@@ -23,6 +25,26 @@ class Counters:
     peak_blocks: int = 0
     held_tokens: int = 0  # tokens held after a step, summed over the steps
     held_slots: int = 0  # slots of the blocks that held them, likewise
+    table_blocks: int = 0  # entries of the running sequences' tables, likewise
+    cached_blocks: int = 0  # free blocks that could still be shared, likewise
+    rows: int = 0  # of sequences, in all steps
+    decode_rows: int = 0  # of these, those with one token
+    prefill_rows: int = 0  # and those with more
+
+    def add_step(
+        self, plan: "StepPlan", pool: "BlockPool", *, tokens_held: int, block_size: int
+    ) -> None:
+        """Counts a step when it is planned: what it computes, and what the pool then holds."""
+        self.computed_tokens += plan.num_tokens
+        self.copied_blocks += len(plan.copies)
+        self.rows += len(plan.rows)
+        self.decode_rows += plan.num_decodes
+        self.prefill_rows += plan.num_prefills
+        self.peak_blocks = max(self.peak_blocks, pool.num_used)
+        self.held_tokens += tokens_held
+        self.held_slots += pool.num_used * block_size
+        self.table_blocks += sum(len(row.sequence.block_ids) for row in plan.rows)
+        self.cached_blocks += pool.num_cached
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +53,8 @@ class Stats:
 
     `blocks_cached` of the `blocks_free` can still be shared. `waste` is the share of allocated
     slots that hold no token, now; `mean_waste` weighs every step so far by the slots it held.
-    `saving` is the share of blocks in the running sequences' tables that sharing saves, now.
+    `saving` is the share of blocks in the running sequences' tables that sharing saves, now;
+    `mean_saving` weighs every step by the blocks in those tables.
     `hit_rate` is the share of tokens found in the prefix cache when their sequences started. All
     are 0 where nothing was held or started. `computed_tokens` counts what the steps ran, so it
     exceeds the tokens known by what was computed again after a preemption or a failed step.
@@ -47,6 +70,7 @@ class Stats:
     tokens_held: int
     hit_rate: float
     saving: float
+    mean_saving: float
     waste: float
     mean_waste: float
     steps: int
@@ -68,7 +92,7 @@ def collect_stats(scheduler: "Scheduler", *, compiles: int = 0, lazy_compiles: i
     """
     counters = scheduler.counters
     pool = scheduler.pool
-    tokens_held = scheduler.num_tokens_held
+    tokens_held, block_size = scheduler.num_tokens_held, scheduler.config.block_size
     return Stats(
         running=scheduler.num_running,
         waiting=scheduler.num_waiting,
@@ -78,10 +102,11 @@ def collect_stats(scheduler: "Scheduler", *, compiles: int = 0, lazy_compiles: i
         blocks_free=pool.num_free,
         peak_blocks=counters.peak_blocks,
         tokens_held=tokens_held,
-        hit_rate=_share(counters.hit_tokens, counters.queried_tokens),
-        saving=_missing(pool.num_used, sum(len(s.block_ids) for s in scheduler.running)),
-        waste=_missing(tokens_held, pool.num_used * scheduler.config.block_size),
-        mean_waste=_missing(counters.held_tokens, counters.held_slots),
+        hit_rate=share(counters.hit_tokens, counters.queried_tokens),
+        saving=missing(pool.num_used, sum(len(s.block_ids) for s in scheduler.running)),
+        mean_saving=missing(counters.held_slots // block_size, counters.table_blocks),
+        waste=missing(tokens_held, pool.num_used * block_size),
+        mean_waste=missing(counters.held_tokens, counters.held_slots),
         steps=counters.steps,
         preemptions=counters.preemptions,
         recoveries=counters.recoveries,
@@ -94,9 +119,11 @@ def collect_stats(scheduler: "Scheduler", *, compiles: int = 0, lazy_compiles: i
     )
 
 
-def _share(part: int, whole: int) -> float:
+def share(part: float, whole: float) -> float:
+    """How much of `whole` the part is; 0 of nothing."""
     return part / whole if whole else 0.0
 
 
-def _missing(part: int, whole: int) -> float:
+def missing(part: float, whole: float) -> float:
+    """How much of `whole` the part lacks; 0 of nothing."""
     return 1.0 - part / whole if whole else 0.0

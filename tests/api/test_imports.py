@@ -47,7 +47,7 @@ def test_import_loads_no_model_code_and_touches_no_device():
     code = """
 import sys
 import jpaged, jpaged.generate, jpaged.cli
-jpaged.SamplingParams, jpaged.RequestOutput, jpaged.EngineFailedError, jpaged.Stats
+jpaged.SamplingParams, jpaged.RequestOutput, jpaged.EngineFailedError, jpaged.Stats, jpaged.show
 heavy = {"jax", "flax", "jpaged_models", "pallas_kernels", "torch", "transformers"}
 print(sorted(heavy & set(sys.modules)))
 """

@@ -13,10 +13,13 @@ from benchmarks import memory
 from benchmarks.blast import BlastError, blast
 from benchmarks.contiguous import Allocator, Buddies, FirstFit, Slabs, reserve
 from benchmarks.lengths import LAWS, LEVELS, RequestLengths, law_lengths, read_trace
+from benchmarks.moment import replay_moment
+from benchmarks.plot import draw
 from benchmarks.replay import read_prompts, replay
 from benchmarks.saturate import saturate, save
 from benchmarks.scripted import requests_of, run_saturated, scheduler_for
 from jpaged.scheduler import Scheduler
+from jpaged.snapshot import BlockKind
 
 NUM_SLOTS = 203  # no power of two: 128 + 64 + 8 + 2 + 1
 
@@ -170,6 +173,30 @@ def test_replayed_prompts_hit_what_an_ideal_cache_holds(mooncake: str):
     small = replay(prompts, num_blocks=21, block_size=64)
     assert small.measured < hits.measured
     assert small.measured == pytest.approx(small.ideal, abs=0.02)
+
+
+def test_the_moment_of_a_replay_is_one_of_its_steps():
+    lengths = law_lengths("sharegpt", 40, seed=0)
+    moment = replay_moment(lengths, block_size=16)
+    record, snapshot = moment.steps[moment.step - 1], moment.snapshot
+    assert (record["step"], record["running"]) == (moment.step, len(snapshot.tables))
+    assert record["blocks_used"] == snapshot.count(BlockKind.USED)
+    assert record["blocks_cached"] == snapshot.count(BlockKind.CACHED)
+    assert snapshot.count(BlockKind.FREE) == 0
+    assert record["saving"] == snapshot.saving > 0
+    assert record["waste"] == snapshot.waste
+    assert sum(record["hit_tokens"] for record in moment.steps) > 0
+
+
+@pytest.mark.parametrize("num_requests", [1, 30])
+def test_the_picture_is_drawn(tmp_path, num_requests: int):
+    pytest.importorskip("matplotlib")
+    shares = {"maximum": {"effective": 0.2, "reserved": 0.1, "internal": 0.5, "external": 0.2}}
+    report = {"lengths": "a_law", "longest": 9, "waste": 0.03, "waste_theory": 0.03}
+    lengths = law_lengths("sharegpt", num_requests, seed=0)
+    path = tmp_path / "memory.png"
+    draw([report | {"shares": shares}], replay_moment(lengths, block_size=16), str(path))
+    assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_laws_rise_and_have_a_value_for_every_level():

@@ -227,11 +227,13 @@ def test_forks_share_the_prompt_and_the_first_to_write_copies_its_tail():
     assert scheduler.pool.num_used == 3
     stats = collect_stats(scheduler)
     assert (stats.tokens_held, stats.saving) == (21, 1 - 3 / 9)
+    assert stats.mean_saving == stats.saving
     plan = step(scheduler)
     assert plan is not None
     assert len(plan.copies) == 2  # the last holder of the tail writes in place
     assert len({source for source, _ in plan.copies}) == 1
     assert scheduler.pool.num_used == 5
+    assert collect_stats(scheduler).mean_saving == 1 - (3 + 5) / (9 + 9)
     plan = step(scheduler)
     assert plan is not None
     assert plan.copies == ()
