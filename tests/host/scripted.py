@@ -128,8 +128,8 @@ def assert_undisturbed(sequence: Sequence, max_model_len: int) -> None:
 
 
 @contextlib.contextmanager
-def interrupt(after: int) -> Iterator[list[int]]:
-    """Raises `InjectedError` at one bytecode of jpaged's code; yields the count of those run."""
+def interrupt(after: int, error: type[BaseException] = InjectedError) -> Iterator[list[int]]:
+    """Raises `error` at one bytecode of jpaged's code; yields the count of those run."""
     before, count = sys.gettrace(), [0]
 
     def trace(frame: types.FrameType, event: str, _: object) -> object:
@@ -142,7 +142,7 @@ def interrupt(after: int) -> Iterator[list[int]]:
         if event == "opcode":
             count[0] += 1
             if count[0] > after:
-                raise InjectedError(f"at bytecode {after}")
+                raise error(f"at bytecode {after}")
         return trace
 
     # Python 3.12 turns these events on in settrace, and only where a frame has asked before.
