@@ -2,9 +2,10 @@
 
 python -m benchmarks.blast [--operations 1000000] [--seed 0] [--every 1]
 
-Requests come, fork, share prefixes, are aborted between and during steps; steps fail; pools are so
-small that sequences are preempted; the prefix cache is emptied. `jpaged.invariants.check` and the
-oracle that remembers what every slot holds watch, and every answer must be the scripted one.
+Requests come, fork, share prefixes, differ in priority, are aborted between and during steps; steps
+fail; pools are so small that sequences are preempted; the prefix cache is emptied.
+`jpaged.invariants.check` and the oracle that remembers what every slot holds watch, and every
+answer must be the scripted one.
 A life of 2,000 operations has one scheduler with limits drawn for it, and the seed after that of
 the life before: a failure names its own, which alone replays it.
 """
@@ -50,6 +51,7 @@ class Life:
         self.known: dict[str, Request] = {}
         self.counts: collections.Counter[str] = collections.Counter()
         self.num_submitted = 0
+        self.most_known = rng.choice([12, 12, 40])  # forty keep more waiting than stand in front
         self.operations = {
             self.step: 60,
             self.submit: 25,
@@ -63,7 +65,9 @@ class Life:
         """One random operation; in every fourth stretch nothing comes in, so that all drains."""
         choices, weights = list(self.operations), list(self.operations.values())
         operation = self.rng.choices(choices, weights)[0]
-        if operation == self.submit and (index // 100 % 4 == 3 or len(self.known) >= 12):
+        if operation == self.submit and (
+            index // 100 % 4 == 3 or len(self.known) >= self.most_known
+        ):
             operation = self.step
         operation()
         self._dismiss()
@@ -86,6 +90,7 @@ class Life:
                 cache_salt=rng.choice([None, None, "salt"]),
             ),
             seed=rng.randrange(1 << 20),
+            priority=rng.choice([0, 0, 0, 1, -1]),
         )
         self.num_submitted += 1
         self.scheduler.add(request)

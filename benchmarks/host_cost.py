@@ -1,13 +1,12 @@
 """What the host's bookkeeping costs: planning a step, handing out blocks, hashing a prompt."""
 
 import dataclasses
-import itertools
 import statistics
 import time
 from collections.abc import Callable
 
 from benchmarks.lengths import RequestLengths
-from benchmarks.scripted import requests_of
+from benchmarks.scripted import make_request, requests_of
 from jpaged.blocks import BlockPool
 from jpaged.config import EngineConfig
 from jpaged.prefix_cache import PrefixCache, chain_digests, root_digest
@@ -15,6 +14,7 @@ from jpaged.scheduler import Scheduler
 
 NUM_ROWS = 256
 NUM_WAITING = 10_000
+NUM_LONG = 40  # the first of them: more than are considered at once
 NUM_HASHED = 100_000  # tokens
 
 
@@ -72,9 +72,6 @@ def _decoding(num_waiting: int, block_size: int, *, num_blocks: int, num_rows: i
         RequestLengths(input_tokens=490 + index % block_size, output_tokens=3_000)
         for index in range(NUM_ROWS)
     ]
-    # The first of them is so long that it finds no room beside 256 rows.
-    sizes = [16_000, *[100] * num_waiting][:num_waiting]
-    waiting = [RequestLengths(input_tokens=size, output_tokens=10) for size in sizes]
     scheduler = Scheduler(
         EngineConfig(
             block_size=block_size,
@@ -84,14 +81,16 @@ def _decoding(num_waiting: int, block_size: int, *, num_blocks: int, num_rows: i
             max_model_len=20_000,
         )
     )
-    requests = requests_of([*running, *waiting])
-    for request in itertools.islice(requests, NUM_ROWS):
+    for request in requests_of(running):
         scheduler.add(request)
     plan = scheduler.schedule()
     assert plan is not None
     scheduler.commit(plan, [1] * NUM_ROWS)
-    for request in requests:
-        scheduler.add(request)
+    for index in range(num_waiting):
+        # The first are so long that they find no room beside 256 rows, and begin like those.
+        tail = [NUM_ROWS + index] * (15_500 if index < NUM_LONG else 100)
+        prompt = [index] * 490 + tail if index < NUM_LONG else tail
+        scheduler.add(make_request(NUM_ROWS + index, prompt, 10))
     return scheduler
 
 

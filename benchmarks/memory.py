@@ -8,6 +8,8 @@ computes whole prompts, or one token of each sequence that runs. The pool holds 
 --slabs of the longest request. Averages leave out the beginning, in which all requests are young,
 and the end, in which none waits. Shared tokens count once, and blocks nobody refers to are free.
 The picture adds a replay with shared prompts in a small pool: its blocks, its tables, its steps.
+
+The part named order is another run: requests come over time and begin alike (benchmarks.order).
 """
 
 import argparse
@@ -21,12 +23,13 @@ from benchmarks.host_cost import HostCost, host_cost
 from benchmarks.lengths import LAWS, RequestLengths, law_lengths, read_trace
 from benchmarks.measure import host_provenance
 from benchmarks.moment import replay_moment
+from benchmarks.order import CLASSES, Arrival, compare_orders, shared_prompts, trace_prompts
 from benchmarks.plot import draw, has_matplotlib
 from benchmarks.replay import Hits, read_prompts, replay
 from benchmarks.saturate import Saturated, Saving, saturate, save
 
 PAPER = {"maximum": 0.204, "power of 2": 0.268, "oracle": 0.382, "blocks": 0.963}  # effective
-PARTS = ("waste", "sharing", "hits", "cost")
+PARTS = ("waste", "sharing", "hits", "order", "cost")
 BARS = {
     "waste": "within 5 % of theory",
     "running": "at least 97 % of reservation / mean resident tokens",
@@ -42,7 +45,7 @@ BARS = {
 def main() -> None:
     """Prints tables for people and, last, one JSON line."""
     options = _options()
-    reports, hits, cost = [], [], None
+    reports, hits, orders, cost = [], [], [], None
     all_lengths = _all_lengths(options)
     for name, lengths in all_lengths:
         report: dict = {"lengths": name, "requests": len(lengths)}
@@ -62,11 +65,13 @@ def main() -> None:
     for path in options.trace:
         if "hits" in options.parts and path.endswith(".jsonl"):
             hits += _hits(path, options)
+    if "order" in options.parts:
+        orders = [_order(name, arrivals, options) for name, arrivals in _all_arrivals(options)]
     if "cost" in options.parts:
         cost = _cost(options)
     if options.plot:
         _plot(reports, all_lengths[0][1], options)
-    figures = {"reports": reports, "hits": hits, "cost": cost}
+    figures = {"reports": reports, "hits": hits, "orders": orders, "cost": cost}
     print(json.dumps({"benchmark": "memory", "bars": BARS, **figures, **host_provenance()}))
 
 
@@ -92,6 +97,9 @@ def _options() -> argparse.Namespace:
         default=[1_000, 4_000, 16_000, 64_000],
         help="usable blocks of the pools that a Mooncake trace is replayed with",
     )
+    add("--order-requests", type=int, default=2_000, help="that come while others run, at most")
+    add("--order-slots", type=int, default=48_000, help="of their pool, at least; two longest fit")
+    add("--load", type=float, nargs="+", default=[0.9, 1.1], help="of what runs first come")
     add("--repeats", type=int, default=50, help="of each timing")
     add("--seed", type=int, default=0)
     add("--plot", help="PNG to draw; needs matplotlib")
@@ -206,6 +214,39 @@ def _hits(path: str, options: argparse.Namespace) -> list[dict]:
             flush=True,
         )
     return [{"trace": path, "block_size": size} | dataclasses.asdict(hits) for hits in all_hits]
+
+
+def _all_arrivals(options: argparse.Namespace) -> list[tuple[str, list[Arrival]]]:
+    """Mooncake traces where they are given, else the laws behind system prompts."""
+    num, seed = options.order_requests, options.seed
+    traces = [path for path in options.trace if path.endswith(".jsonl")]
+    if traces:
+        return [(pathlib.Path(t).name, trace_prompts(read_prompts(t, num))) for t in traces]
+    return [(f"{law} law, seed {seed}", shared_prompts(law, num, seed=seed)) for law in LAWS]
+
+
+def _order(name: str, arrivals: list[Arrival], options: argparse.Namespace) -> dict:
+    longest = max(arrival.num_tokens + arrival.num_outputs for arrival in arrivals)
+    size = options.block_size
+    num_slots = max(options.order_slots, 2 * longest) // size * size
+    print(
+        f"\norder: {name}: {len(arrivals)} requests, a pool of {num_slots} tokens; steps from "
+        f"arrival to first token, mean / 99th percentile",
+        flush=True,
+    )
+    steps, compared = compare_orders(arrivals, options.load, num_slots=num_slots, block_size=size)
+    print(f"  {'load':>4} {'':11} {'hits':>6} {'steps':>6} {'overtaken':>9}", end="")
+    print("".join(f" {name:>14}" for name in ("all", *CLASSES)))
+    for one in compared:
+        for order, replayed in one.orders.items():
+            waits = [f"{wait.mean:.0f} / {wait.p99:.0f}" for wait in replayed.waits.values()]
+            print(
+                f"  {one.load:4.2f} {order:11} {replayed.hit_rate:6.1%} {replayed.steps:6} "
+                f"{replayed.most_overtaken:9}{''.join(f' {wait:>14}' for wait in waits)}",
+                flush=True,
+            )
+    report = {"requests": name, "count": len(arrivals), "pool_tokens": num_slots}
+    return report | {"steps_at_once": steps, "loads": [dataclasses.asdict(c) for c in compared]}
 
 
 def _cost(options: argparse.Namespace) -> dict:

@@ -24,6 +24,8 @@ class Prompt:
 
     num_tokens: int
     hash_ids: tuple[int, ...]
+    num_outputs: int
+    arrival_s: float
 
     def token_ids(self) -> list[int]:
         """Tokens that are equal where the hash ids are, and nowhere else."""
@@ -59,7 +61,12 @@ def read_prompts(path: str | os.PathLike, num_requests: int) -> list[Prompt]:
     with pathlib.Path(path).open() as file:
         lines = [json.loads(line) for _, line in zip(range(num_requests), file, strict=False)]
     return [
-        Prompt(line["input_length"], tuple(line["hash_ids"]))
+        Prompt(
+            line["input_length"],
+            tuple(line["hash_ids"]),
+            max(line["output_length"], 1),
+            line["timestamp"] / 1000,
+        )
         for line in lines
         if line["input_length"] > 0
     ]

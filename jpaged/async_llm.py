@@ -67,12 +67,17 @@ class AsyncLLM:
         await asyncio.shield(self._started)  # one impatient task must not stop it for the others
 
     async def generate(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
     ) -> AsyncGenerator[RequestOutput, None]:
         """The answer as it grows: each output holds all of it so far, the last is `finished`.
 
-        A slow reader gets the newest output and misses some before it. Cancelling the task or
-        closing the generator aborts the request and frees its blocks.
+        A slow reader gets the newest output and misses some before it. Requests of a lower
+        `priority` run first. Cancelling the task or closing the generator aborts the request and
+        frees its blocks.
 
         Raises:
             ValueError: the prompt or its parameters are refused.
@@ -84,7 +89,7 @@ class AsyncLLM:
         await self.start()
         stream = _Stream()
         try:
-            await self._ask(self._submit, stream, prompt, sampling_params)
+            await self._ask(self._submit, stream, prompt, sampling_params, priority)
             while not stream.ended:
                 yield await stream.next()
         finally:
@@ -171,10 +176,14 @@ class AsyncLLM:
         return self._llm
 
     def _submit(
-        self, stream: "_Stream", prompt: Prompt, sampling_params: SamplingParams | None
+        self,
+        stream: "_Stream",
+        prompt: Prompt,
+        sampling_params: SamplingParams | None,
+        priority: int,
     ) -> None:
         llm = self._open_llm()
-        request_id = llm.submit(prompt, sampling_params)
+        request_id = llm.submit(prompt, sampling_params, priority=priority)
         stream.request = llm.engine.scheduler.requests[request_id]
         self._streams[request_id] = stream
         self._queue_step()

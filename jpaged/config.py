@@ -11,6 +11,8 @@ MAX_BLOCK_SIZE = (
     128  # beyond it the half empty last block is more than a few per cent of a sequence
 )
 
+DEFAULT_MAX_WAITING = 65_536  # sequences; a queue without end hides an overload
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineConfig:
@@ -25,7 +27,7 @@ class EngineConfig:
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
-    max_num_waiting: int = 65_536  # sequences; a queue without end hides an overload
+    max_waiting: int = DEFAULT_MAX_WAITING
     enable_prefix_caching: bool = True
 
     def __post_init__(self) -> None:
@@ -44,6 +46,26 @@ class EngineConfig:
         """Blocks of a sequence that has reached `max_model_len`."""
         return self.blocks_for(self.max_model_len)
 
+    def check_lengths(self, num_prompt: int, max_tokens: int | None) -> None:
+        """Raises ValueError for a request that could never run to its end."""
+        if num_prompt == 0:
+            raise ValueError("the prompt must have at least one token, got none")
+        if num_prompt >= self.max_model_len:
+            raise ValueError(
+                f"the prompt has {num_prompt} tokens and max_model_len is {self.max_model_len}, "
+                "which must leave room for one more; shorten the prompt or raise max_model_len"
+            )
+        longest = self.max_model_len
+        if max_tokens is not None:
+            longest = min(num_prompt + max_tokens, longest)
+        num_needed, num_there = self.blocks_for(longest), self.num_blocks - 1
+        if num_needed > num_there:
+            raise ValueError(
+                f"{num_prompt} prompt tokens and max_tokens={max_tokens} may need {num_needed} "
+                f"blocks of {self.block_size} tokens and the pool has {num_there}, so the "
+                "request can never fit; lower max_tokens or raise num_blocks"
+            )
+
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` tokens of one sequence."""
         return -(-num_tokens // self.block_size)
@@ -55,5 +77,5 @@ _LEAST = {  # of what counts something
     "max_num_seqs": 1,
     "max_num_batched_tokens": 1,
     "max_model_len": 2,  # a token of prompt and one of answer
-    "max_num_waiting": 1,
+    "max_waiting": 1,
 }

@@ -7,13 +7,17 @@ from jpaged.requests import Sequence
 
 
 class Draft:
-    """The rows and copies so far, and what is left of the budget."""
+    """The rows and copies so far, what is left of the budget, and who can be forked.
+
+    `leads` are the rows that end a prompt: others of their request may begin from what they have.
+    """
 
     def __init__(self, budget: int) -> None:
         self.num_left = budget
         self.rows: list[ScheduledRow] = []
         self.copies: list[tuple[int, int]] = []
         self.preempted: list[Sequence] = []
+        self.leads: list[ScheduledRow] = []
 
     def add(
         self,
@@ -38,15 +42,8 @@ class Draft:
             feeds_back=sequence.last_token_on_device and num_tokens == 1,
         )
         self.rows.append(row)
-
-    def fork_of(self, sequence: Sequence) -> ScheduledRow | None:
-        """The row that ends the prompt of the request in this step, if `sequence` waits for it."""
-        if sequence.num_output_tokens or not sequence.index:
-            return None
-        for row in reversed(self.rows):
-            if row.sequence.request is sequence.request:
-                return row if row.samples and row.seq_len == sequence.num_tokens else None
-        return None
+        if row.samples and not row.feeds_back and not sequence.num_output_tokens:
+            self.leads.append(row)
 
     def fork(self, sequence: Sequence, lead: ScheduledRow) -> None:
         """Lets `sequence` sample from the logits of `lead`, without a token of its own."""
@@ -60,7 +57,7 @@ class Draft:
             new_blocks=tuple(enumerate(sequence.block_ids)),
             is_new=True,
             feeds_back=False,
-            forked=lead.row if lead.forked is None else lead.forked,
+            forked=lead.row,
         )
         self.rows.append(row)
 

@@ -5,7 +5,9 @@ import collections
 from jpaged.blocks import NULL_BLOCK
 from jpaged.plan import StepPlan
 from jpaged.prefix_cache import chain_digests, root_digest
+from jpaged.requests import MAX_OVERTAKEN
 from jpaged.scheduler import Scheduler
+from jpaged.waiting import NUM_CONSIDERED
 
 
 def check(scheduler: Scheduler, plan: StepPlan | None = None) -> None:
@@ -18,6 +20,7 @@ def check(scheduler: Scheduler, plan: StepPlan | None = None) -> None:
     _check_blocks(scheduler)
     _check_contents(scheduler)
     _check_tables(scheduler, plan)
+    _check_order(scheduler, plan)
     if plan is not None:
         _check_plan(scheduler, plan)
     if not scheduler.requests:
@@ -82,11 +85,33 @@ def _check_tables(scheduler: Scheduler, plan: StepPlan | None) -> None:
             sequence.num_computed_tokens < sequence.num_tokens,
             "6: a running sequence has no token left to compute",
         )
+
+
+def _check_order(scheduler: Scheduler, plan: StepPlan | None) -> None:
+    for sequences in (scheduler.running, scheduler.waiting):
+        order = [sequence.order for sequence in sequences]
+        _require(order == sorted(set(order)), f"14: running or waiting out of order: {order}")
+    rows, preempted = ((), ()) if plan is None else (plan.rows, plan.preempted)
+    seq_lens = {row.sequence: row.seq_len for row in rows}
+    partial = [s for s in scheduler.running if s.num_computed_tokens < s.num_tokens - 1]
+    priorities = [s.request.priority for s in partial if seq_lens.get(s, 0) < s.num_tokens]
+    _require(
+        len(set(priorities)) == len(priorities),
+        f"14: two sequences of one priority are in the middle of their prompts: {priorities}",
+    )
+    _require(
+        all(0 <= sequence.patience <= MAX_OVERTAKEN for sequence in scheduler.waiting),
+        f"14: a sequence was overtaken more than {MAX_OVERTAKEN} times",
+    )
+    for row in rows:
         _require(
-            sequence.num_computed_tokens == sequence.num_tokens - 1
-            or sequence is scheduler.running[-1]
-            or sequence in planned,
-            "7: a sequence other than the latest is in the middle of its prompt",
+            all(row.sequence.order < sequence.order for sequence in preempted),
+            f"14: one that stands before {row.sequence.order} was preempted in its stead",
+        )
+        _require(
+            not (row.is_new and row.forked is None and scheduler.waiting)
+            or row.sequence.request.priority <= scheduler.waiting.best_priority,
+            f"14: one of a better priority than {row.sequence.order} waits while that starts",
         )
 
 
@@ -162,8 +187,7 @@ def _check_rows(scheduler: Scheduler) -> None:
 
 def _check_sequences(scheduler: Scheduler) -> None:
     queued = [*scheduler.running, *scheduler.waiting]
-    order = [(sequence.request.arrival, sequence.index) for sequence in queued]
-    _require(order == sorted(set(order)), f"7: running and waiting are out of order: {order}")
+    running = set(scheduler.running)
     unfinished = {
         sequence
         for request in scheduler.requests.values()
@@ -171,7 +195,12 @@ def _check_sequences(scheduler: Scheduler) -> None:
         if not sequence.finished
     }
     _require(unfinished == set(queued), "8: the queues do not hold what is unfinished")
-    running = set(scheduler.running)
+    _require(len(queued) == len(unfinished), "8: a sequence runs and waits")
+    front, num_waiting = scheduler.waiting.front, scheduler.num_waiting
+    _require(
+        (len(front), num_waiting) == (min(NUM_CONSIDERED, num_waiting), len(queued) - len(running)),
+        f"8: {len(front)} of {num_waiting} waiting sequences stand in front",
+    )
     for name, request in scheduler.requests.items():
         _require(not request.finished, f"8: request {name!r} is finished and still known")
         for sequence in request.sequences:

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
+from jpaged.config import DEFAULT_MAX_WAITING
 from jpaged.detokenize import Detokenizer
 from jpaged.engine import Engine
 from jpaged.errors import EngineFailedError
@@ -18,7 +19,15 @@ from jpaged.messages import as_conversations
 from jpaged.options import Options
 from jpaged.outputs import RequestOutput, output_delta, request_output
 from jpaged.params import SamplingParams, checked_flag, checked_text
-from jpaged.prompts import Prompt, RequestMaker, as_params, as_prompts, one_params
+from jpaged.prompts import (
+    Prompt,
+    RequestMaker,
+    as_params,
+    as_priorities,
+    as_prompts,
+    checked_priority,
+    one_params,
+)
 from jpaged.requests import Request
 from jpaged.snapshot import Snapshot, take_snapshot
 from jpaged.stats import Stats
@@ -41,6 +50,7 @@ class LLM:
         max_num_seqs: sequences that run at once; 64 on a CPU, else 256.
         max_num_batched_tokens: tokens a step; 256 on a CPU, else 2048.
         max_model_len: the longest prompt and answer together; the model's, at most 8192.
+        max_waiting: sequences that may wait for a place; QueueFullError refuses what is more.
         seed: of the seeds drawn for requests that bring none.
         enable_prefix_caching: keep finished blocks, and share those whose prefix comes again.
         attention_backend: "auto", "cpu", "xla", "pallas-tpu" and, for tests, "reference" and
@@ -66,6 +76,7 @@ class LLM:
         max_num_seqs: int | None = None,
         max_num_batched_tokens: int | None = None,
         max_model_len: int | None = None,
+        max_waiting: int = DEFAULT_MAX_WAITING,
         seed: int = 0,
         enable_prefix_caching: bool = True,
         attention_backend: str = "auto",
@@ -83,6 +94,7 @@ class LLM:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
+            max_waiting=max_waiting,
             seed=seed,
             enable_prefix_caching=enable_prefix_caching,
             attention_backend=attention_backend,
@@ -109,17 +121,21 @@ class LLM:
         sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        priority: int | SequenceOf[int] | None = None,
     ) -> list[RequestOutput]:
         """The answers to all prompts, in their order.
 
-        One bad prompt refuses the whole call before anything runs. If a step fails twice,
+        One bad prompt refuses the whole call before anything runs. Those of a lower `priority`
+        run first; it is one for all, or one for each, and 0 by default. If a step fails twice,
         EngineFailedError carries in `outputs` what was finished.
         """
         checked_flag("use_tqdm", use_tqdm)
         each = as_prompts(prompts)
         params = as_params(sampling_params, len(each))
+        priorities = as_priorities(priority, len(each))
         make = self._maker.make
-        return self._run([make(p, s) for p, s in zip(each, params, strict=True)], use_tqdm)
+        requests = [make(*one) for one in zip(each, params, priorities, strict=True)]
+        return self._run(requests, use_tqdm)
 
     def chat(
         self,
@@ -128,6 +144,7 @@ class LLM:
         *,
         add_generation_prompt: bool = True,
         use_tqdm: bool = True,
+        priority: int | SequenceOf[int] | None = None,
     ) -> list[RequestOutput]:
         """The answers to one conversation or several, written out by the model's own template.
 
@@ -137,18 +154,23 @@ class LLM:
         checked_flag("use_tqdm", use_tqdm)
         conversations = as_conversations(messages)
         params = as_params(sampling_params, len(conversations))
+        priorities = as_priorities(priority, len(conversations))
         requests = []
-        for conversation, one in zip(conversations, params, strict=True):
+        for conversation, one, its_priority in zip(conversations, params, priorities, strict=True):
             text = self._render(conversation, add_generation_prompt=add_generation_prompt)
             token_ids = self._maker.encode(text, add_special_tokens=False)
-            requests.append(self._maker.make_tokenized(token_ids, one, text))
+            requests.append(self._maker.make_tokenized(token_ids, one, text, its_priority))
         return self._run(requests, use_tqdm)
 
     def stream(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
     ) -> Iterator[RequestOutput]:
         """The answer as it grows: each output holds only what is new. Closing it aborts."""
-        request = self._maker.make(prompt, one_params(sampling_params))
+        request = self._make(prompt, sampling_params, priority)
         self._check_open()
         self.engine.scheduler.validate(request)
         return self._stream(request)
@@ -159,12 +181,13 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         *,
         request_id: str | None = None,
+        priority: int = 0,
     ) -> str:
         """Queues a prompt and returns its request id; `step` brings the answer.
 
         A `request_id` that is given must not be that of a request whose end `step` has not told.
         """
-        request = self._maker.make(prompt, one_params(sampling_params))
+        request = self._make(prompt, sampling_params, priority)
         if request_id is not None:
             self._check_new(request_id)
             request.request_id = request_id
@@ -236,6 +259,12 @@ class LLM:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _make(
+        self, prompt: Prompt, sampling_params: SamplingParams | None, priority: int
+    ) -> Request:
+        params = one_params(sampling_params)
+        return self._maker.make(prompt, params, checked_priority(priority))
 
     def _run(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
         """Runs `requests` to their end, or aborts them all if that is interrupted."""

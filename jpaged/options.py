@@ -28,6 +28,7 @@ class Options:
     max_num_seqs: int | None
     max_num_batched_tokens: int | None
     max_model_len: int | None
+    max_waiting: int
     seed: int
     enable_prefix_caching: bool
     attention_backend: str
@@ -59,6 +60,7 @@ class Options:
             max_num_seqs=_or(self.max_num_seqs, 64 if on_cpu else 256),
             max_num_batched_tokens=_or(self.max_num_batched_tokens, 256 if on_cpu else 2048),
             max_model_len=_or(self.max_model_len, min(longest, LONGEST_DEFAULT)),
+            max_waiting=self.max_waiting,
             enable_prefix_caching=self.enable_prefix_caching,
         )
 

@@ -94,6 +94,10 @@ class PrefixCache:
         """The step of all provisional entries is done."""
         self._provisional.clear()
 
+    def has(self, digest: bytes) -> bool:
+        """Whether a block is registered under the digest."""
+        return digest in self._blocks
+
     def match(self, digests: Sequence[bytes]) -> list[int]:
         """The blocks of the longest known prefix of `digests`."""
         found = []

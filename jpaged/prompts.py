@@ -11,7 +11,7 @@ import numpy as np
 
 from jpaged.bad_words import WordIds, most_forbidden, word_ids
 from jpaged.batch import MAX_STOP_IDS, stop_ids
-from jpaged.params import SamplingParams, checked_text
+from jpaged.params import SamplingParams, checked_int, checked_text
 from jpaged.requests import Request
 from jpaged.shape_batch import MAX_FORBIDDEN
 from jpaged_models import ModelConfig, Tokenizer
@@ -28,13 +28,14 @@ class RequestMaker:
         self._seeds = np.random.default_rng(seed % 2**64)
         self._ids = itertools.count()
 
-    def make(self, prompt: Prompt, params: SamplingParams) -> Request:
+    def make(self, prompt: Prompt, params: SamplingParams, priority: int = 0) -> Request:
         """A request, or ValueError or TypeError that says what is wrong with the prompt."""
         token_ids = self._token_ids(prompt)
-        return self.make_tokenized(token_ids, params, prompt if isinstance(prompt, str) else None)
+        text = prompt if isinstance(prompt, str) else None
+        return self.make_tokenized(token_ids, params, text, priority)
 
     def make_tokenized(
-        self, token_ids: list[int], params: SamplingParams, prompt: str | None
+        self, token_ids: list[int], params: SamplingParams, prompt: str | None, priority: int = 0
     ) -> Request:
         """A request of token ids that were checked already."""
         held_back = stop_ids(params, self.model.eos_token_ids)
@@ -57,6 +58,7 @@ class RequestMaker:
             prompt_token_ids=token_ids,
             params=params,
             seed=params.seed or 0,
+            priority=priority,
             bad_word_ids=words,
         )
 
@@ -172,6 +174,23 @@ def one_params(params: SamplingParams | None) -> SamplingParams:
     if not isinstance(params, SamplingParams):
         raise TypeError(f"expected SamplingParams or None, got {type(params).__name__}")
     return params
+
+
+def as_priorities(priority: int | SequenceOf[int] | None, count: int) -> list[int]:
+    """One priority for each of `count` prompts, 0 where none is given; lower ones run first."""
+    if priority is None:
+        return [0] * count
+    if isinstance(priority, str) or not _is_sequence(priority):
+        return [checked_priority(priority)] * count
+    each: Any = priority
+    if len(each) != count:
+        raise ValueError(f"got {count} prompts and {len(each)} priorities; give one for each")
+    return [checked_priority(one) for one in each]
+
+
+def checked_priority(priority: object) -> int:
+    """`priority` as an int, or an error that says what it is."""
+    return checked_int("priority", priority, least=-(2**63), most=2**63 - 1)
 
 
 def _is_sequence(value: Any) -> bool:

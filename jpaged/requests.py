@@ -8,6 +8,7 @@ from jpaged.outputs import Logprob
 from jpaged.params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+MAX_OVERTAKEN = 8  # times: what a prefix that is in the cache may cost those who have none
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -16,8 +17,8 @@ class Request:
 
     `seed` is the caller's or a drawn one, so that the noise depends on nothing else that runs; it
     and an empty `request_id` are drawn when the request is accepted (`RequestMaker.complete`).
-    `arrival` is set by `Scheduler.add`, and orders the queue. `bad_word_ids` are the parameters'
-    `bad_words` as token ids.
+    A lower `priority` runs first. `arrival` is set by `Scheduler.add`, and orders those of one
+    priority. `bad_word_ids` are the parameters' `bad_words` as token ids.
     """
 
     request_id: str
@@ -25,6 +26,7 @@ class Request:
     prompt_token_ids: list[int]
     params: SamplingParams
     seed: int
+    priority: int = 0
     bad_word_ids: tuple[tuple[int, ...], ...] = ()
     arrival: int = -1
     sequences: "list[Sequence]" = dataclasses.field(default_factory=list, repr=False)
@@ -47,7 +49,8 @@ class Sequence:
 
     `token_ids` is the prompt and then what was generated, and only ever grows. `row`, `block_ids`,
     `num_computed_tokens` and `last_token_on_device` say what the device holds of it; they can all
-    be thrown away and computed again from `token_ids`.
+    be thrown away and computed again from `token_ids`. While it waits, `patience` says how often
+    it may still be overtaken, and `num_hit_blocks` how much of its prefix the cache had last.
     """
 
     request: Request = dataclasses.field(repr=False)
@@ -57,6 +60,8 @@ class Sequence:
     block_ids: list[int] = dataclasses.field(default_factory=list)
     row: int | None = None
     last_token_on_device: bool = False
+    patience: int = MAX_OVERTAKEN
+    num_hit_blocks: int = 0
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     logprobs: list[dict[int, Logprob]] = dataclasses.field(default_factory=list, repr=False)
@@ -70,10 +75,17 @@ class Sequence:
 
     def forget_device(self) -> None:
         """Forgets what the device holds; whoever calls this gives up the row and the blocks."""
+        if self.row is not None:
+            self.patience = 0  # what was computed once is not to wait for what was never begun
         self.num_computed_tokens = 0
         self.block_ids = []
         self.row = None
         self.last_token_on_device = False
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """Where the sequence stands among others, running or waiting: the lowest comes first."""
+        return self.request.priority, self.request.arrival, self.index
 
     @property
     def num_tokens(self) -> int:

@@ -24,6 +24,7 @@ class Hit(NamedTuple):
 
 
 NOTHING = Hit([], None, 0)
+NUM_AHEAD = 16  # blocks looked up at once: those behind the first that is missing are in vain
 
 
 def find_prefix(cache: PrefixCache, sequence: Sequence, block_size: int) -> Hit:
@@ -44,6 +45,20 @@ def find_prefix(cache: PrefixCache, sequence: Sequence, block_size: int) -> Hit:
     return Hit(block_ids, copied_id, start + length)
 
 
+def num_known_blocks(cache: PrefixCache, sequence: Sequence, block_size: int) -> int:
+    """Whole blocks of the sequence's prefix in the cache, if those seen last are still there."""
+    known, digests = sequence.num_hit_blocks, sequence.digests
+    if known < len(digests) and not cache.has(digests[known]):
+        return known  # as a rule: this is asked of 32 sequences in a step
+    most = (sequence.num_tokens - 1) // block_size
+    while known < most:
+        ahead = min(known + NUM_AHEAD, most)
+        known += len(cache.match(digests_of(sequence, ahead, block_size, first=known)))
+        if known < ahead:
+            break
+    return known
+
+
 def register_filled(
     cache: PrefixCache, sequence: Sequence, start: int, end: int, block_size: int
 ) -> None:
@@ -62,14 +77,14 @@ def register_filled(
         )
 
 
-def digests_of(sequence: Sequence, count: int, block_size: int) -> list[bytes]:
-    """The digests of the sequence's first `count` blocks, each computed once."""
+def digests_of(sequence: Sequence, end: int, block_size: int, *, first: int = 0) -> list[bytes]:
+    """The digests of the sequence's blocks from `first` to before `end`, each computed once."""
     known = sequence.digests
-    if len(known) < count:
+    if len(known) < end:
         parent = known[-1] if known else _root(sequence)
-        rest = sequence.token_ids[len(known) * block_size : count * block_size]
+        rest = sequence.token_ids[len(known) * block_size : end * block_size]
         known += chain_digests(parent, rest, block_size)
-    return known[:count]
+    return known[first:end]
 
 
 def _root(sequence: Sequence) -> bytes:

@@ -53,7 +53,7 @@ class TableState:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """The pool block by block, and the tables in order of arrival; later steps change nothing."""
+    """The pool block by block, and the tables in order; later steps change nothing."""
 
     block_size: int
     blocks: tuple[BlockState, ...]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from jpaged import LLM, AsyncLLM, EngineFailedError, SamplingParams
+from jpaged import LLM, AsyncLLM, EngineFailedError, QueueFullError, SamplingParams
 from jpaged.invariants import check
 from jpaged.plan import StepPlan
 from jpaged.step import Outputs, StepOutput
@@ -195,6 +195,37 @@ def test_a_model_that_cannot_load_raises_where_it_is_awaited_and_leaves_no_threa
 
     asyncio.run(main())
     assert_no_engine_thread()
+
+
+def test_streams_of_a_lower_priority_run_first_and_a_full_queue_refuses(
+    tiny_model_dir: pathlib.Path,
+):
+    ended: list[int] = []
+
+    async def main() -> None:
+        async with AsyncLLM(
+            tiny_model_dir, **OPTIONS | {"max_num_seqs": 1, "max_waiting": 3}
+        ) as llm:
+
+            async def read(priority: Any) -> None:
+                params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
+                async for _ in llm.generate([4, 5, 6], params, priority=priority):
+                    pass
+                ended.append(priority)
+
+            # The engine's thread waits until all have asked: none runs before the others wait.
+            gate = threading.Event()
+            llm._thread.submit(gate.wait)
+            tasks = [asyncio.create_task(read(priority)) for priority in (5, "5", -1, 2, 0)]
+            for _ in range(10):
+                await asyncio.sleep(0)
+            gate.set()
+            _, bad, _, _, late = await asyncio.gather(*tasks, return_exceptions=True)
+            assert isinstance(bad, TypeError)
+            assert isinstance(late, QueueFullError)
+
+    asyncio.run(main())
+    assert ended == [-1, 2, 5]
 
 
 def test_a_failed_request_raises_with_what_it_has(tiny_model_dir: pathlib.Path):

@@ -67,6 +67,7 @@ def test_an_option_of_the_wrong_type_is_refused_by_name(name: str, kind: str):
         ({"max_num_seqs": 0}, "max_num_seqs must be at least 1"),
         ({"max_num_batched_tokens": -1}, "max_num_batched_tokens must be at least 1"),
         ({"max_model_len": 1}, "max_model_len must be at least 2"),
+        ({"max_waiting": 0}, "max_waiting must be at least 1"),
         ({"memory_fraction": 0}, "memory_fraction must be above 0 and at most 1, got 0"),
         ({"memory_fraction": 10**400}, "memory_fraction must be finite"),
         ({"gpu_memory_utilization": 1.1}, "gpu_memory_utilization must be from 0.0 to 1.0"),

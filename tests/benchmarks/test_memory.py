@@ -14,11 +14,12 @@ from benchmarks.blast import BlastError, blast
 from benchmarks.contiguous import Allocator, Buddies, FirstFit, Slabs, reserve
 from benchmarks.lengths import LAWS, LEVELS, RequestLengths, law_lengths, read_trace
 from benchmarks.moment import replay_moment
+from benchmarks.order import PATIENCE
 from benchmarks.plot import draw
 from benchmarks.replay import read_prompts, replay
 from benchmarks.saturate import saturate, save
 from benchmarks.scripted import requests_of, run_saturated, scheduler_for
-from jpaged.scheduler import Scheduler
+from jpaged import planner
 from jpaged.snapshot import BlockKind
 
 NUM_SLOTS = 203  # no power of two: 128 + 64 + 8 + 2 + 1
@@ -209,7 +210,10 @@ def test_laws_rise_and_have_a_value_for_every_level():
 def test_the_command_ends_with_one_line_of_json(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], mooncake: str
 ):
-    command = "memory --requests 150 --sharing-requests 20 --slabs 5 --parallel 3 --repeats 3"
+    command = (
+        "memory --requests 150 --sharing-requests 20 --slabs 5 --parallel 3 --repeats 3 "
+        "--order-requests 40 --load 2"
+    )
     monkeypatch.setattr(sys, "argv", command.split())
     memory.main()
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -219,6 +223,12 @@ def test_the_command_ends_with_one_line_of_json(
         assert effective["blocks"] > effective["oracle"] > effective["maximum"]
         assert [saving["n"] for saving in entry["sharing"]] == [3]
     assert report["cost"]["schedule_ms"] > 0
+    for order in report["orders"]:
+        (one,) = order["loads"]
+        assert (one["load"], order["pool_tokens"] >= 48_000) == (2, True)
+        most_overtaken = [one["orders"][name]["most_overtaken"] for name in PATIENCE]
+        assert most_overtaken[0] == 0
+        assert most_overtaken[1] <= 8
     command = f"memory --parts hits --hit-block-size 64 --hit-blocks 5 25 --trace {mooncake}"
     monkeypatch.setattr(sys, "argv", command.split())
     memory.main()
@@ -236,7 +246,7 @@ def test_twenty_thousand_random_operations_keep_every_promise():
 
 
 def test_a_broken_promise_names_the_seed_that_shows_it_again(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(Scheduler, "_own_tail", lambda *_: [])  # nothing is copied
+    monkeypatch.setattr(planner, "own_tail", lambda *_: [])  # nothing is copied
     monkeypatch.setattr(blast_module, "LIFE", 500)
     with pytest.raises(BlastError) as first:
         blast(3_000, seed=7)

@@ -269,6 +269,32 @@ def test_sampling_parameters_of_another_kind_or_number_are_refused(llm: LLM):
         llm.generate([GOOD, GOOD], [GREEDY])
 
 
+@pytest.mark.parametrize(
+    ("priority", "error", "message"),
+    [
+        (1.0, TypeError, "priority must be an int, got 1.0 of type float"),
+        ("high", TypeError, "priority must be an int, got 'high'"),
+        ([0, True], TypeError, "priority must be an int, got True"),
+        ([0, None], TypeError, "priority must be an int, got None"),
+        ([0], ValueError, "2 prompts and 1 priorities"),
+        (2**63, ValueError, "priority must be at most"),
+    ],
+    ids=str,
+)
+def test_priorities_that_are_no_ints_or_not_one_for_each_are_refused(
+    llm: LLM, priority: Any, error: type[Exception], message: str
+):
+    with pytest.raises(error, match=message):
+        llm.generate([GOOD, GOOD], GREEDY, priority=priority)
+
+
+@pytest.mark.parametrize("name", ["submit", "stream"])
+@pytest.mark.parametrize("priority", [None, [1], "1", 0.5], ids=str)
+def test_submit_and_stream_take_one_int_as_priority(llm: LLM, name: str, priority: Any):
+    with pytest.raises(TypeError, match="priority must be an int"):
+        getattr(llm, name)(GOOD, GREEDY, priority=priority)
+
+
 def test_min_tokens_with_more_stop_ids_than_a_row_holds_is_refused(llm: LLM):
     params = SamplingParams(min_tokens=2, stop_token_ids=list(range(17)))
     with pytest.raises(ValueError, match="at most 16 stop ids"):

@@ -119,7 +119,7 @@ def test_abort_takes_a_string(llm: LLM, request_id: Any):
 
 def test_what_a_full_queue_refuses_is_forgotten_and_no_more(llm: LLM, answer: list[int]):
     scheduler = llm.engine.scheduler
-    scheduler.config = dataclasses.replace(scheduler.config, max_num_waiting=2)
+    scheduler.config = dataclasses.replace(scheduler.config, max_waiting=2)
     llm.submit(OTHER, GREEDY, request_id="first")
     before = held(llm)
     with pytest.raises(QueueFullError):

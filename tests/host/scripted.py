@@ -53,7 +53,9 @@ def make_scheduler(**changes: Any) -> WatchedScheduler:
     return WatchedScheduler(EngineConfig(**limits | changes), eos_token_ids=[EOS])
 
 
-def make_request(name: str, num_prompt: int, *, seed: int = 1, **params: object) -> Request:
+def make_request(
+    name: str, num_prompt: int, *, seed: int = 1, priority: int = 0, **params: object
+) -> Request:
     """A request that asks for 6 tokens and ignores the end of sequence, unless told otherwise."""
     given = {"max_tokens": 6, "ignore_eos": True} | params
     request = Request(
@@ -62,6 +64,7 @@ def make_request(name: str, num_prompt: int, *, seed: int = 1, **params: object)
         prompt_token_ids=[index % len(LETTERS) for index in range(num_prompt)],
         params=SamplingParams(**given),  # pyright: ignore[reportArgumentType]
         seed=seed,
+        priority=priority,
     )
     for sequence in request.sequences:
         sequence.detokenizer = Detokenizer(

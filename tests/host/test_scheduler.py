@@ -110,7 +110,7 @@ def test_an_empty_prompt_and_a_name_in_use_are_refused():
 
 
 def test_a_full_queue_says_so_and_takes_nothing():
-    scheduler = make_scheduler(max_num_waiting=4)
+    scheduler = make_scheduler(max_waiting=4)
     scheduler.add(make_request("a", 2, n=3))
     with pytest.raises(QueueFullError, match="holds 3 sequences and has room for 1, got 2"):
         scheduler.add(make_request("b", 2, n=2))

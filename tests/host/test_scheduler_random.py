@@ -1,6 +1,7 @@
 """The scheduler under random use: every rule mixed, exceptions at any point, the same tokens."""
 
 import random
+from typing import Any
 
 import pytest
 from hypothesis import assume, settings
@@ -40,8 +41,9 @@ class RandomUse(RuleBasedStateMachine):
         min_tokens=st.integers(0, 3),
         stop=st.lists(st.sampled_from(["ab", "c", "eee"]), max_size=2),
         ignore_eos=st.booleans(),
+        priority=st.integers(-1, 1),
     )
-    def submit(self, num_prompt: int, max_tokens: int, min_tokens: int, **params: object) -> None:
+    def submit(self, num_prompt: int, max_tokens: int, min_tokens: int, **params: Any) -> None:
         request = make_request(
             str(len(self.requests)),
             num_prompt,
@@ -209,16 +211,17 @@ def random_request(rng: random.Random, name: str) -> Request:
         max_tokens=rng.randrange(1, 60),
         stop=rng.choice([(), ("abc",), ("dd", "fa")]),
         ignore_eos=rng.random() < 0.7,
+        priority=rng.choice([0, 0, 0, 1, -1]),
     )
 
 
 def make_small_scene() -> tuple[Scheduler, list[Request]]:
-    """Three requests that chunk, preempt, stop on text and end by length within a few steps."""
+    """Three requests that chunk, preempt, overtake, stop on text and end by length in few steps."""
     scheduler = make_scheduler(num_blocks=7, max_num_batched_tokens=24)
     return scheduler, [
         make_request("0", 14, seed=8, max_tokens=19),
         make_request("1", 15, seed=2, max_tokens=17, stop=["fa", "ab"]),
-        make_request("2", 7, seed=3, max_tokens=12, n=2, ignore_eos=False),
+        make_request("2", 7, seed=3, max_tokens=12, n=2, ignore_eos=False, priority=-1),
     ]
 
 

@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 
 from benchmarks.oracle import Oracle, WatchedScheduler
-from jpaged import prefix_cache
-from jpaged import scheduler as scheduler_module
+from jpaged import planner, prefix_cache
 from jpaged.blocks import BlockPool
 from jpaged.config import EngineConfig
 from jpaged.draft import Draft
@@ -15,7 +14,9 @@ from jpaged.invariants import check
 from jpaged.plan import StepPlan
 from jpaged.prefix_cache import PrefixCache, chain_digests, root_digest
 from jpaged.requests import Request
+from jpaged.scheduler import Scheduler
 from jpaged.stats import collect_stats
+from jpaged.tables import grow
 from tests.host.scripted import make_request, make_scheduler, run_to_end, step
 
 
@@ -282,7 +283,7 @@ def test_equal_prefixes_have_equal_digests_and_nothing_else_has():
 def busy_run(scheduler: WatchedScheduler) -> None:
     """Sharing, forks, copies, preemption, eviction and a failed step, in one short life."""
     for index in range(8):
-        num_prompt = 16 if index < 2 else 13 + 5 * index % 23
+        num_prompt = 16 if index < 2 else 13 + 3 * index % 23
         request = make_request(
             str(index), num_prompt, seed=index, n=1 + (index + 1) // 2 % 3, max_tokens=14
         )
@@ -323,12 +324,10 @@ def keep_stale_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def shift_tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    grow = scheduler_module.Scheduler._grow
+    def shifted(*args: Any) -> list[tuple[int, int]]:
+        return [(column + 1, block) for column, block in grow(*args)]
 
-    def shifted(self: Any, *args: Any) -> list[tuple[int, int]]:
-        return [(column + 1, block) for column, block in grow(self, *args)]
-
-    monkeypatch.setattr(scheduler_module.Scheduler, "_grow", shifted)
+    monkeypatch.setattr(planner, "grow", shifted)
 
 
 def copy_after_writing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,19 +345,19 @@ def copy_after_writing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def trust_a_failed_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    start_over = scheduler_module.Scheduler._start_over
+    start_over = Scheduler._start_over
 
     def remember(self: Any) -> None:
-        old = getattr(self, "pool", None)
+        old = self.pool if hasattr(self, "_planner") else None
         start_over(self)
         if old is not None:
             old.cache.settle()
             old.ref_counts = [0] * old.num_blocks
             old._blank_ids = [b for b in range(1, old.num_blocks) if b not in old.cache]
             old._cached_ids.update(dict.fromkeys(b for b in range(1, 99) if b in old.cache))
-            self.pool = old
+            self._planner.pool = self._planner._admission.pool = old
 
-    monkeypatch.setattr(scheduler_module.Scheduler, "_start_over", remember)
+    monkeypatch.setattr(Scheduler, "_start_over", remember)
 
 
 def hit_what_a_step_completes(monkeypatch: pytest.MonkeyPatch) -> None:
