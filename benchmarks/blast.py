@@ -46,6 +46,7 @@ class Life:
             max_num_batched_tokens=rng.randrange(5, 80),
             max_model_len=MAX_MODEL_LEN,
             enable_prefix_caching=rng.random() < 0.9,
+            num_swap_blocks=rng.choice([0, 0, 3, 12, 40]),
         )
         self.scheduler = WatchedScheduler(config, eos_token_ids=[EOS])
         self.known: dict[str, Request] = {}
@@ -146,6 +147,8 @@ class Life:
         counters = self.scheduler.counters
         self.counts["preemptions"] += counters.preemptions
         self.counts["copied blocks"] += counters.copied_blocks
+        self.counts["swapped out"] += counters.swapped_out_blocks
+        self.counts["swapped in"] += counters.swapped_in_blocks
         self.counts["hit tokens"] += counters.hit_tokens
         self.counts["generated tokens"] += counters.generated_tokens
 

@@ -21,12 +21,13 @@ class Oracle:
     def __init__(self, config: EngineConfig) -> None:
         self.block_size = config.block_size
         self.pool = np.zeros((config.num_blocks, config.block_size), np.int64)
+        self.space = np.zeros((config.num_swap_blocks, config.block_size), np.int64)
         self.tables = np.zeros((config.max_num_seqs, config.max_blocks_per_seq), np.int64)
         self._histories: dict[Sequence, list[int]] = {}
 
     def run(self, plan: StepPlan) -> None:
         """Does what a step does, and checks what each row sees before and after it."""
-        self.copy(plan.copies)
+        self.move(plan)
         for row in plan.rows:
             for column, block in row.new_blocks:
                 self.tables[row.row, column] = block
@@ -44,11 +45,12 @@ class Oracle:
         """The block of each position that the row sees."""
         return self.tables[row.row, np.arange(row.seq_len) // self.block_size].tolist()
 
-    def copy(self, copies: tuple[tuple[int, int], ...]) -> None:
-        """Reads all sources, then writes all destinations."""
-        sources = [source for source, _ in copies]
-        destinations = [destination for _, destination in copies]
-        self.pool[destinations] = self.pool[sources]
+    def move(self, plan: StepPlan) -> None:
+        """Swaps out, copies and swaps in; each reads all its sources before it writes."""
+        returning = self.space[[source for source, _ in plan.swap_ins]]
+        _copy(self.pool, self.space, plan.swap_outs)
+        _copy(self.pool, self.pool, plan.copies)
+        self.pool[[destination for _, destination in plan.swap_ins]] = returning
 
     def write(self, row: ScheduledRow) -> None:
         """Puts the histories of the row's tokens into their slots."""
@@ -76,6 +78,11 @@ class Oracle:
         """Drops what is remembered of sequences that have ended."""
         for sequence in sequences:
             self._histories.pop(sequence, None)
+
+
+def _copy(source: np.ndarray, destination: np.ndarray, pairs: Iterable[tuple[int, int]]) -> None:
+    read, written = [i for i, _ in pairs], [i for _, i in pairs]
+    destination[written] = source[read]
 
 
 class WatchedScheduler(Scheduler):

@@ -41,6 +41,7 @@ _LLM_OPTIONS = (
     "block_size",
     "num_blocks",
     "memory_fraction",
+    "swap_space",
     "max_num_seqs",
     "max_num_batched_tokens",
     "max_model_len",
@@ -197,6 +198,7 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     add("--block-size", int, "N", "token positions a block: a power of two from 8 to 128 (16)")
     add("--num-blocks", int, "N", "blocks in the pool")
     add("--memory-fraction", float, "X", "share of an accelerator's memory to use in all (0.9)")
+    add("--swap-space", float, "GiB", "host memory for what preempted sequences computed (0)")
     add("--max-num-seqs", int, "N", "sequences that run at once (CPU 64, else 256)")
     add("--max-num-batched-tokens", int, "N", "tokens a step (CPU 256, else 2048)")
     add("--max-model-len", int, "N", "longest prompt and answer together")

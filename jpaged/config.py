@@ -29,6 +29,7 @@ class EngineConfig:
     max_model_len: int
     max_waiting: int = DEFAULT_MAX_WAITING
     enable_prefix_caching: bool = True
+    num_swap_blocks: int = 0  # of host memory, for sequences that are preempted
 
     def __post_init__(self) -> None:
         checked_flag("enable_prefix_caching", self.enable_prefix_caching)
@@ -78,4 +79,5 @@ _LEAST = {  # of what counts something
     "max_num_batched_tokens": 1,
     "max_model_len": 2,  # a token of prompt and one of answer
     "max_waiting": 1,
+    "num_swap_blocks": 0,
 }

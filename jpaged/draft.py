@@ -17,6 +17,8 @@ class Draft:
         self.rows: list[ScheduledRow] = []
         self.copies: list[tuple[int, int]] = []
         self.preempted: list[Sequence] = []
+        self.swap_outs: list[tuple[int, int]] = []
+        self.swap_ins: list[tuple[int, int]] = []
         self.leads: list[ScheduledRow] = []
 
     def add(
@@ -74,4 +76,6 @@ class Draft:
             num_decodes=len(short),
             copies=tuple(self.copies),
             preempted=tuple(self.preempted),
+            swap_outs=tuple(self.swap_outs),
+            swap_ins=tuple(self.swap_ins),
         )

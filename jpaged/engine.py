@@ -6,12 +6,13 @@ import numpy as np
 from jpaged.errors import EngineFailedError
 from jpaged.outputs import Logprob
 from jpaged.plan import StepPlan
+from jpaged.programs import Outputs
 from jpaged.requests import Request, Sequence
 from jpaged.runner import Runner
 from jpaged.sampling import TopLogprobs
 from jpaged.scheduler import Scheduler
 from jpaged.stats import Stats, collect_stats
-from jpaged.step import Outputs, StepOutput
+from jpaged.step import StepOutput
 from jpaged_models import Tokenizer
 
 MAX_FAILURES = 2  # a request whose steps fail this often is given up

@@ -21,6 +21,7 @@ def check(scheduler: Scheduler, plan: StepPlan | None = None) -> None:
     _check_contents(scheduler)
     _check_tables(scheduler, plan)
     _check_order(scheduler, plan)
+    _check_swapped(scheduler)
     if plan is not None:
         _check_plan(scheduler, plan)
     if not scheduler.requests:
@@ -168,8 +169,27 @@ def _check_writes(scheduler: Scheduler, plan: StepPlan) -> None:
             others = old_holders[block] - (not row.is_new)
             _require(others == 0, f"3: block {block} is written, and {others} others held it")
             _require(cache.is_unsettled(block), f"3: block {block} is written and registered")
-    written = [destination for _, destination in plan.copies]
-    _require(len(set(written)) == len(written), f"3: two copies go to one block: {plan.copies}")
+    written = [destination for _, destination in (*plan.copies, *plan.swap_ins)]
+    _require(len(set(written)) == len(written), f"3: a block is copied to twice: {written}")
+
+
+def _check_swapped(scheduler: Scheduler) -> None:
+    swapping = scheduler.swapping
+    used = [space_id for stored in swapping.stored.values() for space_id in stored.space_ids]
+    _require(
+        sorted([*used, *swapping.free_ids]) == list(range(swapping.num_blocks)),
+        f"1: {used} used and {swapping.free_ids} free host blocks are not all of them once",
+    )
+    _require(
+        set(swapping.stored) <= set(scheduler.waiting),
+        "8: one that does not wait is in host memory",
+    )
+    for sequence, stored in swapping.stored.items():
+        expected = scheduler.config.blocks_for(stored.num_tokens)
+        _require(
+            len(stored.space_ids) == expected and stored.num_tokens <= sequence.num_tokens,
+            f"5: {stored} is not what a sequence of {sequence.num_tokens} tokens can have left",
+        )
 
 
 def _check_rows(scheduler: Scheduler) -> None:

@@ -47,6 +47,8 @@ class LLM:
         num_blocks: blocks in the pool, the null block counted; by default what memory allows.
         memory_fraction: the share of an accelerator's memory that may be used in all;
             `gpu_memory_utilization` is another name for it.
+        swap_space: GiB of host memory in which preempted sequences keep what was computed of them;
+            by default 0: they are computed again, from what is still cached.
         max_num_seqs: sequences that run at once; 64 on a CPU, else 256.
         max_num_batched_tokens: tokens a step; 256 on a CPU, else 2048.
         max_model_len: the longest prompt and answer together; the model's, at most 8192.
@@ -73,6 +75,7 @@ class LLM:
         num_blocks: int | None = None,
         memory_fraction: float | None = None,
         gpu_memory_utilization: float | None = None,
+        swap_space: float = 0.0,
         max_num_seqs: int | None = None,
         max_num_batched_tokens: int | None = None,
         max_model_len: int | None = None,
@@ -91,6 +94,7 @@ class LLM:
             num_blocks=num_blocks,
             memory_fraction=memory_fraction,
             gpu_memory_utilization=gpu_memory_utilization,
+            swap_space=swap_space,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,

@@ -12,11 +12,12 @@ from jpaged.compilation import enable_cache
 from jpaged.config import EngineConfig
 from jpaged.devices import Device, first_device
 from jpaged.engine import Engine
-from jpaged.memory import block_bytes, check_room, pool_bytes
+from jpaged.memory import block_bytes, check_room, pool_bytes, swap_blocks
 from jpaged.options import Options
+from jpaged.programs import PlainStep
 from jpaged.runner import Runner
 from jpaged.scheduler import Scheduler
-from jpaged.step import PlainStep, Step
+from jpaged.step import Step
 from jpaged_models import Checkpoint, Decoder, Tokenizer, load_decoder, open_checkpoint
 from pallas_kernels import Backend, choose_backend
 
@@ -48,8 +49,10 @@ def build_engine(options: Options) -> BuiltEngine:
         weights_dtype = _dtype(options.dtype, checkpoint, device)
         # A bfloat16 scatter on a CPU converts the whole pool (JAX 0.10), so it stays float32.
         pool_dtype = jnp.float32 if device.platform == "cpu" else weights_dtype
+        size = block_bytes(config, block_size=limits.block_size, dtype=pool_dtype)
+        num_swap_blocks = swap_blocks(options.swap_space, size=size)
+        limits = dataclasses.replace(limits, num_swap_blocks=num_swap_blocks)
         if options.num_blocks is not None:
-            size = block_bytes(config, block_size=limits.block_size, dtype=pool_dtype)
             check_room(device, num_blocks=limits.num_blocks, size=size)
         decoder = load_decoder(checkpoint, dtype=weights_dtype)
         tokenizer = _tokenizer(checkpoint)

@@ -75,6 +75,17 @@ def check_room(device: Device, *, num_blocks: int, size: int) -> None:
         )
 
 
+def swap_blocks(swap_space: float, *, size: int) -> int:
+    """Blocks of `size` bytes in `swap_space` GiB of host memory, which must be free."""
+    wanted, available = int(swap_space * 2**30), available_bytes()
+    if available is not None and wanted > available:
+        raise ValueError(
+            f"swap_space={swap_space} GiB of host memory, and {_amount(available)} are free; "
+            "lower swap_space, or leave it out to compute preempted sequences again"
+        )
+    return wanted // size
+
+
 def available_bytes() -> int | None:
     """Memory that this process may still take: the machine's, or its cgroup's if that is less.
 

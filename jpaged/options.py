@@ -9,6 +9,7 @@ from jpaged.params import checked_flag, checked_float, checked_seed, checked_tex
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LONGEST_DEFAULT = 8192  # a model's context may be far longer than anyone here will use
 DEFAULT_MEMORY_FRACTION = 0.9
+MAX_SWAP_SPACE = 2.0**20  # GiB: no machine has more
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,7 @@ class Options:
     num_blocks: int | None
     memory_fraction: float | None
     gpu_memory_utilization: dataclasses.InitVar[float | None]
+    swap_space: float
     max_num_seqs: int | None
     max_num_batched_tokens: int | None
     max_model_len: int | None
@@ -45,6 +47,8 @@ class Options:
         checked_text("attention_backend", self.attention_backend)
         fraction = _memory_fraction(self.memory_fraction, gpu_memory_utilization)
         object.__setattr__(self, "memory_fraction", fraction)
+        swap_space = checked_float("swap_space", self.swap_space, least=0.0, most=MAX_SWAP_SPACE)
+        object.__setattr__(self, "swap_space", swap_space)
         object.__setattr__(self, "seed", checked_seed(self.seed))
         for name in ("warm_up", "use_tqdm"):
             checked_flag(name, getattr(self, name))

@@ -36,9 +36,10 @@ class ScheduledRow(NamedTuple):
 class StepPlan:
     """One step: the rows with one token first (`num_decodes` of them), longer chunks, then forks.
 
-    `copies` are (source, destination) blocks: before the step writes anything, all sources are
-    read and then all destinations written. `preempted` sequences lost their row and blocks while
-    the step was planned.
+    Before the step writes anything, `swap_outs`, (block, host block) pairs, are read; then all
+    sources of `copies`, (source, destination) blocks, and then their destinations written; then
+    `swap_ins`, (host block, block) pairs, of blocks that earlier steps left there. `preempted`
+    sequences lost their row and blocks while the step was planned.
     """
 
     rows: tuple[ScheduledRow, ...]
@@ -46,6 +47,8 @@ class StepPlan:
     num_decodes: int
     copies: tuple[tuple[int, int], ...]
     preempted: tuple[Sequence, ...]
+    swap_outs: tuple[tuple[int, int], ...] = ()
+    swap_ins: tuple[tuple[int, int], ...] = ()
 
     @property
     def num_prefills(self) -> int:

@@ -12,6 +12,7 @@ from jpaged.prefix_cache import PrefixCache
 from jpaged.requests import Sequence
 from jpaged.sharing import Hit, register_filled
 from jpaged.stats import Counters
+from jpaged.swapping import Swapping
 from jpaged.tables import grow, num_filled_slots, num_new_blocks, own_tail
 from jpaged.waiting import WaitingQueue
 
@@ -38,6 +39,7 @@ class Planner:
         self.free_rows = list(range(config.max_num_seqs - 1, -1, -1))
         self.running: list[Sequence] = []
         self.waiting = WaitingQueue()
+        self.swapping = Swapping(config.num_swap_blocks)
         self._admission = Admission(config, self.pool, self.waiting)
         self._most_running = min(config.max_num_seqs, config.max_num_batched_tokens)
 
@@ -56,6 +58,7 @@ class Planner:
         for sequence in finished:
             if sequence.row is None:
                 self.waiting.remove(sequence)
+                self.swapping.take(sequence)
             else:
                 self._release(sequence)
         if finished:
@@ -103,9 +106,10 @@ class Planner:
             self._preempt_last(draft)
 
     def _preempt_last(self, draft: Draft) -> None:
-        """Sends the last in order back to the queue, to be computed again."""
+        """Sends the last in order back to the queue; what has no room elsewhere is lost."""
         sequence = self.running.pop()
         draft.preempted.append(sequence)
+        draft.swap_outs += self.swapping.store(sequence)
         self._release(sequence)
         self.waiting.add(sequence)
         self.counters.preemptions += 1
@@ -141,18 +145,27 @@ class Planner:
 
     def _start(self, sequence: Sequence, hit: Hit, draft: Draft) -> None:
         """Gives a waiting sequence a row, what is known of its prefix, and its first tokens."""
-        num_tokens = min(sequence.num_tokens - hit.num_tokens, self._num_spare(draft))
+        size, stored = self.config.block_size, self.swapping.take(sequence)
+        # The last token is computed in any case: its logits are wanted.
+        num_stored = min(stored.num_tokens, sequence.num_tokens - 1)
+        if num_stored > hit.num_tokens:
+            hit = hit.without_copy(size)
+        start = max(num_stored, hit.num_tokens)
+        num_tokens = min(sequence.num_tokens - start, self._num_spare(draft))
         self.waiting.start(sequence)
         self._give_row(sequence)
         self.pool.share(hit.all_ids)  # the block to be copied too, lest it be given out
         sequence.block_ids = list(hit.block_ids)
-        sequence.num_computed_tokens = hit.num_tokens
-        grow(self.pool, sequence, hit.num_tokens + num_tokens, self.config.block_size)
+        sequence.num_computed_tokens = start
+        grow(self.pool, sequence, start + num_tokens, size)
         if hit.copied_id is not None:
             draft.copies.append((hit.copied_id, sequence.block_ids[len(hit.block_ids)]))
             self.pool.free([hit.copied_id])
+        if start > hit.num_tokens:
+            columns = range(len(hit.block_ids), self.config.blocks_for(start))
+            draft.swap_ins += [(stored.space_ids[c], sequence.block_ids[c]) for c in columns]
         draft.add(sequence, num_tokens, list(enumerate(sequence.block_ids)), is_new=True)
-        self._register(sequence, hit.num_tokens, hit.num_tokens + num_tokens)
+        self._register(sequence, hit.num_tokens, start + num_tokens)
         self.counters.hit_tokens += hit.num_tokens
         self.counters.queried_tokens += sequence.num_tokens
 
@@ -173,6 +186,7 @@ class Planner:
         Whoever writes that block first while it is shared gets a copy (`own_tail`).
         """
         self.waiting.remove(sequence)
+        self.swapping.take(sequence)
         self._give_row(sequence)
         sequence.block_ids = list(lead.sequence.block_ids)
         self.pool.share(sequence.block_ids)

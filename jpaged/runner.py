@@ -13,20 +13,22 @@ from jpaged.buckets import Bucket, Buckets
 from jpaged.config import EngineConfig
 from jpaged.plan import ScheduledRow, StepPlan
 from jpaged.preparation import pack_preparations
-from jpaged.shape_batch import pack_shape_batch, pack_shape_starts, shaping_rows
-from jpaged.state import LogitShape
-from jpaged.step import (
+from jpaged.programs import (
     Outputs,
     PlainStep,
     Prepare,
     Program,
+    ReadBlocks,
     ShapedStep,
     StartShape,
-    Step,
-    StepOutput,
+    WriteBlocks,
 )
+from jpaged.shape_batch import pack_shape_batch, pack_shape_starts, shaping_rows
+from jpaged.state import LogitShape
+from jpaged.step import Step, StepOutput
+from jpaged.swap_space import SwapSpace, padded_ids, transfers
 from jpaged_models import Decoder
-from pallas_kernels import Backend
+from pallas_kernels import NULL_BLOCK, Backend
 
 COMPILE_THREADS = 4  # the compiler runs in parallel as far as there are cores
 
@@ -57,12 +59,14 @@ class Runner:
         self.shape: LogitShape | None = None
         self.lazy_compiles = 0
         self.pool, self.state = jax.jit(self.step.zeros)()
+        self.swap_space = self._empty_space()
 
     def reset(self) -> None:
         """A zero pool and an empty state in place of what is left of the old ones."""
         # Before the new ones are made: both would not fit.
         _delete((self.pool, self.state, self.shape))
         self.shape = None  # until a request needs it again
+        self.swap_space = self._empty_space()  # nobody will come back for what lay there
         self.pool, self.state = jax.jit(self.step.zeros)()
 
     def run(self, plan: StepPlan, outputs: Outputs = Outputs.TOKENS) -> StepOutput:
@@ -70,7 +74,9 @@ class Runner:
         bucket = self.buckets.fit(plan)
         updates = table_updates(plan)
         num_own = bucket.num_table_updates(self.config.block_size)
+        self._swap_out(plan)
         self._prepare(plan.copies, updates[num_own:])
+        self._swap_in(plan)
         packed = pack_batch(
             plan,
             bucket,
@@ -114,6 +120,26 @@ class Runner:
         """Deletes the device arrays at once, whoever still refers to them."""
         _delete((self.params, self.pool, self.state, self.shape))
         self.programs.clear()
+
+    def _empty_space(self) -> SwapSpace:
+        _, *block_shape = self.pool[0].shape
+        shape = (len(self.pool), *block_shape)
+        return SwapSpace(self.config.num_swap_blocks, shape, self.pool[0].dtype)
+
+    def _swap_out(self, plan: StepPlan) -> None:
+        """Reads the blocks that leave, before anything writes to them."""
+        self.swap_space.settle()
+        for block_ids, space_ids in transfers(plan.swap_outs):
+            read = self._program(ReadBlocks())
+            blocks = read(self.pool, padded_ids(block_ids, NULL_BLOCK))
+            self.swap_space.receive(space_ids, blocks)
+
+    def _swap_in(self, plan: StepPlan) -> None:
+        """Writes the blocks that come back. What leaves in the same step is not here yet."""
+        for space_ids, block_ids in transfers(plan.swap_ins):
+            write = self._program(WriteBlocks())
+            ids = padded_ids(block_ids, self.config.num_blocks)  # which is out of range: dropped
+            self.pool = write(self.pool, ids, self.swap_space.padded(space_ids))
 
     def _prepare(
         self, copies: tuple[tuple[int, int], ...], updates: list[tuple[int, int, int]]

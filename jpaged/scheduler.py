@@ -12,6 +12,7 @@ from jpaged.plan import StepPlan
 from jpaged.planner import Planner
 from jpaged.requests import FinishReason, Request, Sequence
 from jpaged.stats import Counters
+from jpaged.swapping import Swapping
 from jpaged.waiting import WaitingQueue
 
 
@@ -51,6 +52,11 @@ class Scheduler:
     def pool(self) -> BlockPool:
         """Who holds which block."""
         return self._planner.pool
+
+    @property
+    def swapping(self) -> Swapping:
+        """What lies in host memory."""
+        return self._planner.swapping
 
     @property
     def free_rows(self) -> list[int]:

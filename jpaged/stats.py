@@ -22,6 +22,8 @@ class Counters:
     queried_tokens: int = 0  # of sequences looked up in the prefix cache when they started
     hit_tokens: int = 0  # of these, those that were there
     copied_blocks: int = 0
+    swapped_out_blocks: int = 0  # to host memory, with preempted sequences
+    swapped_in_blocks: int = 0
     peak_blocks: int = 0
     held_tokens: int = 0  # tokens held after a step, summed over the steps
     held_slots: int = 0  # slots of the blocks that held them, likewise
@@ -37,6 +39,8 @@ class Counters:
         """Counts a step when it is planned: what it computes, and what the pool then holds."""
         self.computed_tokens += plan.num_tokens
         self.copied_blocks += len(plan.copies)
+        self.swapped_out_blocks += len(plan.swap_outs)
+        self.swapped_in_blocks += len(plan.swap_ins)
         self.rows += len(plan.rows)
         self.decode_rows += plan.num_decodes
         self.prefill_rows += plan.num_prefills
@@ -51,10 +55,10 @@ class Counters:
 class Stats:
     """A snapshot of one engine.
 
-    `blocks_cached` of the `blocks_free` can still be shared. `waste` is the share of allocated
-    slots that hold no token, now; `mean_waste` weighs every step so far by the slots it held.
-    `saving` is the share of blocks in the running sequences' tables that sharing saves, now;
-    `mean_saving` weighs every step by the blocks in those tables.
+    `blocks_cached` of the `blocks_free` can still be shared. `blocks_swapped` are in host memory.
+    `waste` is the share of allocated slots that hold no token, now; `mean_waste` weighs every step
+    so far by the slots it held. `saving` is the share of blocks in the running sequences' tables
+    that sharing saves, now; `mean_saving` weighs every step by the blocks in those tables.
     `hit_rate` is the share of tokens found in the prefix cache when their sequences started. All
     are 0 where nothing was held or started. `computed_tokens` counts what the steps ran, so it
     exceeds the tokens known by what was computed again after a preemption or a failed step.
@@ -66,6 +70,7 @@ class Stats:
     blocks_used: int
     blocks_cached: int
     blocks_free: int
+    blocks_swapped: int
     peak_blocks: int
     tokens_held: int
     hit_rate: float
@@ -80,6 +85,8 @@ class Stats:
     generated_tokens: int
     computed_tokens: int
     copied_blocks: int
+    swapped_out_blocks: int
+    swapped_in_blocks: int
     compiles: int
     lazy_compiles: int
 
@@ -100,6 +107,7 @@ def collect_stats(scheduler: "Scheduler", *, compiles: int = 0, lazy_compiles: i
         blocks_used=pool.num_used,
         blocks_cached=pool.num_cached,
         blocks_free=pool.num_free,
+        blocks_swapped=scheduler.swapping.num_used,
         peak_blocks=counters.peak_blocks,
         tokens_held=tokens_held,
         hit_rate=share(counters.hit_tokens, counters.queried_tokens),
@@ -114,6 +122,8 @@ def collect_stats(scheduler: "Scheduler", *, compiles: int = 0, lazy_compiles: i
         generated_tokens=counters.generated_tokens,
         computed_tokens=counters.computed_tokens,
         copied_blocks=counters.copied_blocks,
+        swapped_out_blocks=counters.swapped_out_blocks,
+        swapped_in_blocks=counters.swapped_in_blocks,
         compiles=compiles,
         lazy_compiles=lazy_compiles,
     )

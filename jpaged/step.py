@@ -4,13 +4,13 @@ Nothing here has an array of its own.
 """
 
 import dataclasses
-import enum
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int32
 
@@ -18,10 +18,21 @@ from jpaged.batch import batch_spec, packed_spec, sampling_spec, unpack
 from jpaged.buckets import Bucket
 from jpaged.config import EngineConfig
 from jpaged.preparation import preparation_spec
+from jpaged.programs import (
+    Outputs,
+    PlainStep,
+    Prepare,
+    Program,
+    ReadBlocks,
+    ShapedStep,
+    StartShape,
+    WriteBlocks,
+)
 from jpaged.sampling import TopLogprobs, sample, top_logprobs
 from jpaged.shape_batch import shape_batch_spec, shape_start_spec
 from jpaged.shaping import count_tokens, shape_logits, start_row, zero_shape
 from jpaged.state import DeviceState, LogitShape, ShapeBatch, StepBatch
+from jpaged.swap_space import MAX_MOVED
 from jpaged_models import Decoder, ModelConfig, Phase, Pools, StepContext
 from pallas_kernels import (
     Backend,
@@ -29,49 +40,13 @@ from pallas_kernels import (
     copy_blocks,
     pool_shape,
     positions_of_tokens,
+    read_blocks,
     rows_of_tokens,
     slots_of_tokens,
+    write_blocks,
 )
 
-
-class Outputs(enum.Enum):
-    """What a step returns beside the tokens; all but TOKENS are compiled when asked for."""
-
-    TOKENS = "tokens"
-    LOGPROBS = "logprobs"
-    LOGITS = "logits"  # of every token, for tests: [T, V]
-
-
-@dataclasses.dataclass(frozen=True)
-class PlainStep:
-    """`(params, pool, state, packed batch) -> (pool, state, out)`: a step of one bucket."""
-
-    bucket: Bucket
-    outputs: Outputs = Outputs.TOKENS
-
-
-@dataclasses.dataclass(frozen=True)
-class ShapedStep:
-    """`(params, pool, state, shape, packed batches) -> (pool, state, shape, out)`.
-
-    A step of which some rows have their logits bent.
-    """
-
-    bucket: Bucket
-    outputs: Outputs = Outputs.TOKENS
-
-
-@dataclasses.dataclass(frozen=True)
-class Prepare:
-    """`(pool, state, packed preparation) -> (pool, state)`: what a step may need before it."""
-
-
-@dataclasses.dataclass(frozen=True)
-class StartShape:
-    """`(shape, packed start) -> shape`: enters what bends the logits of a row."""
-
-
-Program = PlainStep | ShapedStep | Prepare | StartShape  # each is compiled once
+_MOVED_IDS = jax.ShapeDtypeStruct((MAX_MOVED,), np.int32)
 
 
 class StepOutput(NamedTuple):
@@ -122,28 +97,33 @@ class Step:
     def define(self, program: Program) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
         """The jitted function of a program, and the shapes and dtypes of its arguments.
 
-        All but the parameters and the last argument, one packed vector, is donated.
+        What comes back anew is donated; only parameters and what the host sends are kept.
         """
         pools, state, shape = jax.eval_shape(lambda: (*self.zeros(), self.zero_shape()))
         function: Callable[..., Any]
         match program:
             case PlainStep(bucket, outputs):
                 function = functools.partial(self._step, bucket=bucket, outputs=outputs)
-                kept, donated, batch = [self.param_specs], [pools, state], self._batch_spec(bucket)
+                kept, donated = [self.param_specs], [pools, state]
+                sent = [packed_spec(self._batch_spec(bucket))]
             case ShapedStep(bucket, outputs):
                 function = functools.partial(self._shaped_step, bucket=bucket, outputs=outputs)
                 kept, donated = [self.param_specs], [pools, state, shape]
-                batch = self._shaped_batch_spec(bucket)
+                sent = [packed_spec(self._shaped_batch_spec(bucket))]
             case Prepare():
-                function = self._prepare
-                kept, donated = [], [pools, state]
-                batch = preparation_spec(self.config.max_num_seqs)
+                function, kept, donated = self._prepare, [], [pools, state]
+                sent = [packed_spec(preparation_spec(self.config.max_num_seqs))]
             case StartShape():
-                function = _start_shape
-                kept, donated, batch = [], [shape], shape_start_spec()
+                function, kept, donated = _start_shape, [], [shape]
+                sent = [packed_spec(shape_start_spec())]
+            case ReadBlocks():
+                function, kept, donated, sent = read_blocks, [pools], [], [_MOVED_IDS]
+            case WriteBlocks():
+                function, kept, donated = write_blocks, [], [pools]
+                sent = [_MOVED_IDS, jax.eval_shape(read_blocks, pools, _MOVED_IDS)]
         donate_argnums = range(len(kept), len(kept) + len(donated))
         jitted = jax.jit(function, donate_argnums=tuple(donate_argnums))
-        return jitted, (*kept, *donated, packed_spec(batch))
+        return jitted, (*kept, *donated, *sent)
 
     def lower(self, program: Program) -> jax.stages.Lowered:
         """The program, ready to be compiled."""

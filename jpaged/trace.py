@@ -88,6 +88,8 @@ def _figures(scheduler: Scheduler, before: Counters) -> StepRecord:
         "queried_tokens": grown("queried_tokens"),
         "generated_tokens": grown("generated_tokens"),
         "copied_blocks": grown("copied_blocks"),
+        "swapped_out_blocks": grown("swapped_out_blocks"),
+        "swapped_in_blocks": grown("swapped_in_blocks"),
         "preemptions": grown("preemptions"),
         "recoveries": grown("recoveries"),
     }

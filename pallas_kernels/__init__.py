@@ -17,6 +17,7 @@ from pallas_kernels.layout import (
     rows_of_tokens,
     slots_of_tokens,
 )
+from pallas_kernels.xla import read_blocks, write_blocks
 
 __all__ = [
     "NULL_BLOCK",
@@ -29,7 +30,9 @@ __all__ = [
     "paged_decode",
     "pool_shape",
     "positions_of_tokens",
+    "read_blocks",
     "rows_of_tokens",
     "slots_of_tokens",
+    "write_blocks",
     "write_kv",
 ]

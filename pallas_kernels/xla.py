@@ -271,3 +271,24 @@ def copy_blocks(
         )
 
     return jax.lax.fori_loop(0, count, copy, pools)
+
+
+def read_blocks(
+    pools: tuple[Float[Array, "P K S W"], ...], block_ids: Int32[Array, " X"]
+) -> Float[Array, "X L K S W"]:
+    """Copies of whole blocks, all layers of each together."""
+    return jnp.stack([pool.at[block_ids].get(mode="clip") for pool in pools], axis=1)
+
+
+def write_blocks(
+    pools: tuple[Float[Array, "P K S W"], ...],
+    block_ids: Int32[Array, " X"],
+    blocks: Float[Array, "X L K S W"],
+) -> tuple[Float[Array, "P K S W"], ...]:
+    """Every layer's pool with whole blocks put in; those for block id P are dropped.
+
+    In place where the caller donated the pools.
+    """
+    return tuple(
+        pool.at[block_ids].set(blocks[:, layer], mode="drop") for layer, pool in enumerate(pools)
+    )

@@ -22,11 +22,12 @@ from jpaged.llm import LLM
 from jpaged.loading import BuiltEngine, engine_for
 from jpaged.params import SamplingParams
 from jpaged.plan import StepPlan
+from jpaged.programs import Outputs, Program
 from jpaged.requests import Request
 from jpaged.requests import Sequence as TokenSequence
 from jpaged.runner import Runner
 from jpaged.scheduler import Scheduler
-from jpaged.step import Outputs, Program, StepOutput
+from jpaged.step import StepOutput
 from jpaged_models import Decoder, ModelConfig, Tokenizer, random_decoder
 from pallas_kernels import Backend
 
@@ -127,8 +128,8 @@ def tiny_engine(**limits: Any) -> Engine:
     and `block_size` stays. A lower `num_blocks` leaves part of the pool unused.
     """
     shared = _tiny_runner()
-    config = dataclasses.replace(shared.config, **limits)
-    assert all(getattr(config, name) <= LIMITS[name] for name in limits)
+    config = dataclasses.replace(shared.config, **{"num_swap_blocks": 0} | limits)
+    assert all(getattr(config, name) <= getattr(shared.config, name) for name in limits)
     assert config.block_size == LIMITS["block_size"]
     runner = copy.copy(shared)  # the programs and the parameters are the same objects
     runner.reset()
@@ -166,7 +167,7 @@ def make_engine(decoder: Decoder, *, backend: Backend = Backend.XLA, **limits: A
 
 @functools.cache
 def _tiny_runner() -> Runner:
-    return compile_quickly(make_engine(tiny_decoder(seed=3))).runner
+    return compile_quickly(make_engine(tiny_decoder(seed=3), num_swap_blocks=40)).runner
 
 
 def compile_quickly(engine: Engine) -> Engine:

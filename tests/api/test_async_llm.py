@@ -14,7 +14,8 @@ import pytest
 from jpaged import LLM, AsyncLLM, EngineFailedError, QueueFullError, SamplingParams
 from jpaged.invariants import check
 from jpaged.plan import StepPlan
-from jpaged.step import Outputs, StepOutput
+from jpaged.programs import Outputs
+from jpaged.step import StepOutput
 
 NUM_STREAMS = 200
 OPTIONS: dict[str, Any] = {

@@ -21,6 +21,7 @@ TAKEN_KINDS = {  # of `ANY_KIND`, by those options that take any
     "num_blocks": {"none"},
     "memory_fraction": {"none"},
     "gpu_memory_utilization": {"none"},
+    "swap_space": {"float"},
     "max_num_seqs": {"none"},
     "max_num_batched_tokens": {"none"},
     "max_model_len": {"none"},

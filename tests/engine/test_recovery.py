@@ -15,7 +15,8 @@ from jpaged.llm import LLM
 from jpaged.outputs import RequestOutput
 from jpaged.params import SamplingParams
 from jpaged.plan import StepPlan
-from jpaged.step import Outputs, StepOutput
+from jpaged.programs import Outputs
+from jpaged.step import StepOutput
 from tests.helpers import llm_over, make_prompt, tiny_engine
 from tests.host.scripted import InjectedError, interrupt
 

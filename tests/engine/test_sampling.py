@@ -14,10 +14,11 @@ from scipy import stats
 from jpaged.batch import MAX_STOP_IDS
 from jpaged.engine import Engine
 from jpaged.plan import StepPlan
+from jpaged.programs import Outputs
 from jpaged.requests import Request
 from jpaged.sampling import argmax, filter_logits, noise, sample
 from jpaged.state import SamplingRows
-from jpaged.step import Outputs, StepOutput
+from jpaged.step import StepOutput
 from tests.helpers import (
     generated,
     make_prompt,

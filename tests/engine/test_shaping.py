@@ -14,6 +14,7 @@ from jpaged.batch import sampling_spec, unpack
 from jpaged.engine import Engine
 from jpaged.params import SamplingParams
 from jpaged.plan import ScheduledRow, StepPlan
+from jpaged.programs import Outputs, ShapedStep, StartShape
 from jpaged.requests import Request
 from jpaged.requests import Sequence as TokenSequence
 from jpaged.runner import Runner
@@ -26,7 +27,7 @@ from jpaged.shape_batch import (
 )
 from jpaged.shaping import count_tokens, shape_logits, start_row, zero_shape
 from jpaged.state import LogitShape, ShapeBatch
-from jpaged.step import Outputs, ShapedStep, StartShape, StepOutput
+from jpaged.step import StepOutput
 from tests.helpers import (
     NEAR_TIE,
     assert_close,

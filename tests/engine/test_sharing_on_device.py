@@ -10,11 +10,12 @@ import pytest
 from benchmarks.oracle import Oracle, WatchedScheduler
 from jpaged.config import EngineConfig
 from jpaged.engine import Engine
-from jpaged.plan import ScheduledRow
+from jpaged.plan import ScheduledRow, StepPlan
 from jpaged.preparation import MAX_UPDATES
 from jpaged.requests import Request
 from jpaged.requests import Sequence as TokenSequence
-from pallas_kernels import Backend, copy_blocks, write_kv
+from jpaged.swap_space import SwapSpace, padded_ids, transfers
+from pallas_kernels import Backend, copy_blocks, read_blocks, write_blocks, write_kv
 from tests.helpers import (
     TOLERANCES,
     assert_close,
@@ -38,13 +39,23 @@ class OracleOnDevice(Oracle):
         super().__init__(config)
         self._write = jax.jit(write_kv, static_argnames="backend", donate_argnums=0)
         self._copy = jax.jit(copy_blocks, donate_argnums=0)
+        self._read, self._put = jax.jit(read_blocks), jax.jit(write_blocks, donate_argnums=0)
+        block_shape = (1, 1, config.block_size, 2)
+        self._space = SwapSpace(config.num_swap_blocks, block_shape, np.float32)
         shape = (config.num_blocks, 1, config.block_size, 2)
         self.device_pool = jnp.zeros(shape, jnp.float32)
 
-    def copy(self, copies: tuple[tuple[int, int], ...]) -> None:
+    def move(self, plan: StepPlan) -> None:
+        self._space.settle()
+        for block_ids, space_ids in transfers(plan.swap_outs):
+            leaving = self._read((self.device_pool,), padded_ids(block_ids, 0))
+            self._space.receive(space_ids, leaving)
         padded = np.zeros((16, 2), np.int32)
-        padded[: len(copies)] = np.reshape(copies, (-1, 2))
-        (self.device_pool,) = self._copy((self.device_pool,), padded, np.int32(len(copies)))
+        padded[: len(plan.copies)] = np.reshape(plan.copies, (-1, 2))
+        (self.device_pool,) = self._copy((self.device_pool,), padded, np.int32(len(plan.copies)))
+        for space_ids, block_ids in transfers(plan.swap_ins):
+            ids = padded_ids(block_ids, len(self.pool))
+            (self.device_pool,) = self._put((self.device_pool,), ids, self._space.padded(space_ids))
         self.pool = np.asarray(self.device_pool)[:, 0, :, 0].astype(np.int64)
 
     def write(self, row: ScheduledRow) -> None:
@@ -64,14 +75,21 @@ class OracleOnDevice(Oracle):
         return super().history(sequence) % 2**23
 
 
-def test_the_jitted_write_and_copy_keep_every_history():
+@pytest.mark.parametrize("num_swap_blocks", [0, 40])
+def test_the_jitted_writes_copies_and_swaps_keep_every_history(num_swap_blocks: int):
     config = EngineConfig(
-        block_size=8, num_blocks=11, max_num_seqs=5, max_num_batched_tokens=40, max_model_len=70
+        block_size=8,
+        num_blocks=11,
+        max_num_seqs=5,
+        max_num_batched_tokens=40,
+        max_model_len=70,
+        num_swap_blocks=num_swap_blocks,
     )
     scheduler = WatchedScheduler(config)
     scheduler.oracle = OracleOnDevice(config)
     busy_run(scheduler)
     assert scheduler.counters.copied_blocks > 0
+    assert (scheduler.counters.swapped_in_blocks > 0) == (num_swap_blocks > 0)
 
 
 PREFIX = make_prompt(29, seed=5)
@@ -99,12 +117,20 @@ def unshared() -> tuple[list[np.ndarray], list[list[list[int]]]]:
     return logits, tokens
 
 
-@pytest.mark.parametrize("num_blocks", [60, 11], ids=["roomy", "preempting"])
+@pytest.mark.parametrize(
+    ("num_blocks", "num_swap_blocks"),
+    [(60, 0), (11, 0), (11, 40)],
+    ids=["roomy", "preempting", "swapping"],
+)
 def test_cold_warm_and_preempted_outputs_are_those_of_prompts_alone(
-    unshared: tuple[list[np.ndarray], list[list[list[int]]]], num_blocks: int
+    unshared: tuple[list[np.ndarray], list[list[list[int]]]],
+    num_blocks: int,
+    num_swap_blocks: int,
 ):
     logits, tokens = unshared
-    engine = make_engine(tiny_decoder(seed=3), num_blocks=num_blocks)
+    engine = make_engine(
+        tiny_decoder(seed=3), num_blocks=num_blocks, num_swap_blocks=num_swap_blocks
+    )
     fill_with_nan(engine)
     for round_ in ("cold", "warm"):
         hits_before = engine.stats().hit_rate
@@ -118,6 +144,8 @@ def test_cold_warm_and_preempted_outputs_are_those_of_prompts_alone(
     stats = engine.stats()
     assert stats.copied_blocks > 0
     assert (stats.preemptions > 0) == (num_blocks == 11)
+    assert (stats.swapped_in_blocks > 0) == (num_swap_blocks > 0)
+    assert stats.blocks_swapped == 0
 
 
 def test_forks_of_greedy_sampling_all_say_what_one_alone_says(

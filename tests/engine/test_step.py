@@ -15,8 +15,9 @@ from jpaged.config import EngineConfig
 from jpaged.engine import Engine
 from jpaged.params import SamplingParams
 from jpaged.plan import StepPlan
+from jpaged.programs import Outputs, PlainStep, Prepare
 from jpaged.scheduler import Scheduler
-from jpaged.step import Outputs, PlainStep, Prepare, Step, StepOutput
+from jpaged.step import Step, StepOutput
 from jpaged_models import Phase, abstract_decoder
 from pallas_kernels import Backend, default_backend
 from tests.helpers import (

@@ -331,15 +331,15 @@ def shift_tables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def copy_after_writing(monkeypatch: pytest.MonkeyPatch) -> None:
-    run, copy = Oracle.run, Oracle.copy
+    run, move = Oracle.run, Oracle.move
 
     def late(self: Oracle, plan: StepPlan) -> None:
-        monkeypatch.setattr(Oracle, "copy", lambda *_: None)
+        monkeypatch.setattr(Oracle, "move", lambda *_: None)
         try:
             run(self, plan)
         finally:
-            monkeypatch.setattr(Oracle, "copy", copy)
-        self.copy(plan.copies)
+            monkeypatch.setattr(Oracle, "move", move)
+        self.move(plan)
 
     monkeypatch.setattr(Oracle, "run", late)
 

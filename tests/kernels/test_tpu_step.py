@@ -7,7 +7,8 @@ import pytest
 
 from jpaged.buckets import Bucket
 from jpaged.config import EngineConfig
-from jpaged.step import PlainStep, Step
+from jpaged.programs import PlainStep
+from jpaged.step import Step
 from jpaged_models import Phase, abstract_decoder
 from pallas_kernels import Backend
 from tests.helpers import SMOLLM2, tiny_config
