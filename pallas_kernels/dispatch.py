@@ -1,4 +1,4 @@
-"""The one place that chooses a backend."""
+"""The one place that chooses a backend, and checks what they all ask."""
 
 import enum
 import sys
@@ -77,6 +77,7 @@ def paged_decode(
     `window`, a token sees itself and the `window - 1` before it; with `soft_cap`, logits pass
     through `soft_cap * tanh(logits / soft_cap)`.
     """
+    _check(q, pool, window, soft_cap)
     options = {"scale": scale, "window": window, "soft_cap": soft_cap}
     if backend in (Backend.PALLAS_TPU, Backend.PALLAS_TPU_INTERPRET):
         interpret = backend is Backend.PALLAS_TPU_INTERPRET
@@ -104,6 +105,8 @@ def paged_attention(
     The T axis is at least as long as the B axis. Where no kernel takes ragged rows, rows of one
     token go to `paged_decode`'s.
     """
+    _check(q, pool, window, soft_cap)
+    _check_batch(q, batch)
     options = {"scale": scale, "window": window, "soft_cap": soft_cap}
     if backend in (Backend.REFERENCE, Backend.CPU):
         module = reference if backend is Backend.REFERENCE else cpu
@@ -139,3 +142,47 @@ def copy_blocks(
     They are done in order: a destination may have been the source of a copy before it.
     """
     return xla.copy_blocks(pools, copies, count)
+
+
+def _check(
+    q: Float[Array, "T N H"],
+    pool: Float[Array, "P K S W"],
+    window: int | None,
+    soft_cap: float | None,
+) -> None:
+    """Raises ValueError where no backend has an answer; a backend adds its own limits."""
+    _, N, H = q.shape
+    _, K, S, W = pool.shape
+    if W != 2 * H:
+        raise ValueError(
+            f"a pool row holds K and V, 2 x {H} lanes for this query, got {W}; "
+            f"make the pool with pool_shape(head_size={H})"
+        )
+    if not K or N % K:
+        raise ValueError(
+            f"query heads must be a multiple of KV heads, got {N} and {K}; "
+            "a query is [T, N, H] and a pool [P, K, S, 2H]"
+        )
+    if not S:
+        raise ValueError(f"a block must have at least one slot, got a pool of {pool.shape}")
+    if window is not None and window < 1:
+        raise ValueError(
+            f"window must be at least 1 (the token itself), got {window}; None is no window"
+        )
+    float32 = jnp.finfo(jnp.float32)
+    if soft_cap is not None and not float32.tiny <= soft_cap <= float32.max:
+        raise ValueError(
+            f"soft_cap must be positive and finite in float32, got {soft_cap}; None is no cap"
+        )
+
+
+def _check_batch(q: Float[Array, "T N H"], batch: PagedBatch) -> None:
+    T, B = q.shape[0], batch.block_tables.shape[0]
+    num_starts, num_lens = batch.query_starts.shape[0], batch.seq_lens.shape[0]
+    if (num_starts, num_lens) != (B + 1, B):
+        raise ValueError(
+            f"a batch of {B} block tables needs {B + 1} query_starts and {B} seq_lens, "
+            f"got {num_starts} and {num_lens}"
+        )
+    if T < B:
+        raise ValueError(f"q must have a token for each of {B} rows, got {T}; pad its T axis")

@@ -42,6 +42,7 @@ class Tolerance(NamedTuple):
 TOLERANCES = {
     "float32": Tolerance(attention=2e-6, logits=1e-4),
     "bfloat16": Tolerance(attention=1e-2, logits=2e-2),
+    "float16": Tolerance(attention=1.25e-3, logits=2.5e-3),  # three bits more than bfloat16
 }
 NEAR_TIE = 1e-3  # greedy tokens may differ where the top two logits lie closer
 MAX_DIFFERING = 0.02  # and on no more than this share of sequences

@@ -11,6 +11,8 @@ from pallas_kernels.cpu.build import library
 from pallas_kernels.layout import PagedBatch
 
 _TARGET = "jpaged_paged_attention"
+NO_WINDOW = 2**31 - 1  # as many tokens as an int32 length can count
+NO_SOFT_CAP = 0  # to the kernel; a caller's own 0 is refused before it comes here
 
 
 @functools.cache
@@ -29,20 +31,28 @@ def paged_attention(
     window: int | None = None,
     soft_cap: float | None = None,
 ) -> Float[Array, "T N H"]:
-    """Causal attention of a ragged batch, decode rows and others alike."""
+    """Causal attention of a ragged batch, decode rows and others alike.
+
+    The kernel follows the numbers it is given, so it looks at them first: a start, a length or a
+    block id that would lead outside the arrays fails the call with INVALID_ARGUMENT.
+    """
     register()
     if pool.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(
             f"the cpu backend needs a float32 or bfloat16 pool, got {pool.dtype}; use xla"
         )
-    out = jax.ffi.ffi_call(_TARGET, jax.ShapeDtypeStruct(q.shape, jnp.float32))(
+    # Under `vmap` calls follow one another: each one has all the threads already.
+    attend = jax.ffi.ffi_call(
+        _TARGET, jax.ShapeDtypeStruct(q.shape, jnp.float32), vmap_method="sequential"
+    )
+    out = attend(
         q.astype(jnp.float32),
         pool,
         batch.block_tables,
         batch.query_starts,
         batch.seq_lens,
         scale=np.float32(scale),
-        window=np.int64(window or 0),
-        soft_cap=np.float32(soft_cap or 0),
+        window=np.int64(NO_WINDOW if window is None else window),
+        soft_cap=np.float32(NO_SOFT_CAP if soft_cap is None else soft_cap),
     )
     return out.astype(q.dtype)

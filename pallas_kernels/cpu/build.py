@@ -1,5 +1,6 @@
 """Compiles `paged_attention.cc` with the machine's own compiler, once, into the user's cache."""
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -7,10 +8,12 @@ import importlib.metadata
 import os
 import pathlib
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 
 import jax
 
@@ -34,44 +37,43 @@ def library() -> ctypes.CDLL:
 
 def _found_or_compiled() -> ctypes.CDLL:
     compiler = _compiler()
-    file = _cache_folder() / f"paged_attention-{_key(compiler)}.so"
-    if not file.exists():
-        print("jpaged: compiling the CPU attention kernel, once", file=sys.stderr)
-        _compile(compiler, file)
-    return ctypes.CDLL(str(file))
+    name = f"paged_attention-{_key(compiler)}"
+    with _cache_folder() as folder:
+        file = next(filter(_is_whole, folder.glob(f"{name}-*.so")), None)
+        if file is None:
+            print("jpaged: compiling the CPU attention kernel, once", file=sys.stderr)
+            file = _compile(compiler, folder, name)
+        return ctypes.CDLL(str(file))
 
 
-def _compiler() -> str:
-    """The path of $CXX, or of the first C++ compiler found."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
-    for name in names:
-        if path := shutil.which(name):
-            return path
-    raise BuildError(f"no C++ compiler ({', '.join(names)})")
-
-
-def _cache_folder() -> pathlib.Path:
-    """A folder of the user's; where there is none to write to, one for this process."""
-    folder = pathlib.Path.home() / ".cache" / "jpaged" / "kernels"
+def _compiler() -> list[str]:
+    """The command that $CXX names, or the first C++ compiler found."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return pathlib.Path(tempfile.mkdtemp(prefix="jpaged-"))
-    return folder
+        commands = [shlex.split(os.environ.get("CXX", ""))]
+    except ValueError as error:
+        raise BuildError(f"CXX must be a command, got {os.environ['CXX']!r}: {error}") from error
+    if not commands[0]:
+        commands = [["g++"], ["clang++"], ["c++"]]
+    for program, *options in commands:
+        if path := shutil.which(program):
+            return [path, *options]
+    names = ", ".join(program for program, *_ in commands)
+    raise BuildError(f"no C++ compiler ({names}); install one or name it in CXX")
 
 
-def _key(compiler: str) -> str:
+def _key(compiler: list[str]) -> str:
     """What a compiled file depends on: source, flags, compiler, jaxlib's headers, processor."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
+    version = _run([*compiler, "--version"])
     parts = (
         SOURCE.read_text(),
         *COMPILE,
         *LINK,
-        version.stdout,
+        *compiler,
+        version,
         importlib.metadata.version("jaxlib"),
         _processor(),
     )
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    return _digest("\0".join(parts).encode())
 
 
 def _processor() -> str:
@@ -83,18 +85,45 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
-def _compile(compiler: str, file: pathlib.Path) -> None:
-    """Compiles to a file of this process's own and renames it: others see all of it or nothing."""
-    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        made = pathlib.Path(folder) / file.name
-        compiled = made.with_suffix(".o")
+@contextlib.contextmanager
+def _cache_folder() -> Iterator[pathlib.Path]:
+    """A folder of the user's; where there is none to write to, one until the kernel is loaded."""
+    folder = pathlib.Path.home() / ".cache" / "jpaged" / "kernels"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        with tempfile.TemporaryDirectory(prefix="jpaged-") as temporary:
+            yield pathlib.Path(temporary)
+    else:
+        yield folder
+
+
+def _is_whole(file: pathlib.Path) -> bool:
+    """Whether the file's content has the digest in its name: loading half a file may be fatal."""
+    return file.stem.rpartition("-")[2] == _digest(file.read_bytes())
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _compile(compiler: list[str], folder: pathlib.Path, name: str) -> pathlib.Path:
+    """Compiles to a file of this process's own and renames it: others see all of it or nothing.
+
+    Where the machine goes down before the content is on the disk, `_is_whole` finds out.
+    """
+    with tempfile.TemporaryDirectory(dir=folder) as own:
+        compiled, linked = pathlib.Path(own, "kernel.o"), pathlib.Path(own, "kernel.so")
         include = f"-I{jax.ffi.include_dir()}"
-        _run([compiler, *COMPILE, include, str(SOURCE), "-o", str(compiled)])
-        _run([compiler, *LINK, str(compiled), "-o", str(made)])
-        made.replace(file)
+        _run([*compiler, *COMPILE, include, str(SOURCE), "-o", str(compiled)])
+        _run([*compiler, *LINK, str(compiled), "-o", str(linked)])
+        return linked.replace(folder / f"{name}-{_digest(linked.read_bytes())}.so")
 
 
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def _run(command: list[str]) -> str:
+    """What the command printed. Raises BuildError with what it said where it failed."""
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
-        raise BuildError(f"{command[0]} failed: {done.stderr.strip()[:500]}")
+        said = done.stderr.strip()[:500] or "no message"
+        raise BuildError(f"{command[0]} failed with exit status {done.returncode}: {said}")
+    return done.stdout

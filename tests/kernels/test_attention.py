@@ -4,10 +4,8 @@ Slots that no row owns hold NaN, and nothing of it may come out.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import jaxtyping
 import numpy as np
@@ -26,111 +24,13 @@ from pallas_kernels import (
     write_kv,
     xla,
 )
-from pallas_kernels.cpu.build import BuildError, library
 from tests.helpers import TOLERANCES, assert_close
+from tests.kernels.cases import BACKENDS, SCALE, Case, decode, dense, make_case, rounded, run
 
 HEADS = [(6, 3, 16), (9, 3, 64), (4, 1, 32), (2, 2, 8)]
 OPTIONS = [{"window": 5}, {"soft_cap": 1.5}, {"window": 19, "soft_cap": 3.0}]
-SCALE = 0.3
 
-
-def _backends_here() -> list[Backend]:
-    """Those that run on a CPU; `cpu` where there is a C++ compiler."""
-    try:
-        library()
-    except BuildError:
-        return [Backend.REFERENCE, Backend.XLA]
-    return [Backend.REFERENCE, Backend.XLA, Backend.CPU]
-
-
-BACKENDS = _backends_here()
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """Some rows' queries over a pool whose other slots are NaN, and each row's own K and V."""
-
-    q: np.ndarray
-    pool: np.ndarray
-    batch: PagedBatch
-    contexts: list[np.ndarray]  # of each row, [C, K, 2H]
-
-
-def make_case(
-    rows: list[tuple[int, int]],
-    *,
-    heads: tuple[int, int, int] = (6, 3, 16),
-    block_size: int = 8,
-    num_padding: int = 2,
-    seed: int = 0,
-) -> Case:
-    """Rows of (queries, context); their blocks are shuffled, and the padding comes last."""
-    N, K, H = heads
-    S, rng = block_size, np.random.default_rng(seed)
-    rows = sorted(rows, key=lambda row: row[0] != 1)
-    num_blocks = 3 + sum(-(-context // S) for _, context in rows)
-    ids = iter(rng.permutation(np.arange(1, num_blocks)))
-    num_columns = 2 + max(-(-context // S) for _, context in rows)
-    tables = np.zeros((len(rows) + num_padding, num_columns), np.int32)
-    pool = np.full((num_blocks, K, S, 2 * H), np.nan, np.float32)
-    contexts = []
-    for row, (_, context) in enumerate(rows):
-        kv = rng.standard_normal((context, K, 2 * H)).astype(np.float32)
-        contexts.append(kv)
-        for token in range(context):
-            column, offset = divmod(token, S)
-            if offset == 0:
-                tables[row, column] = next(ids)
-            pool[tables[row, column], :, offset] = kv[token]
-    starts = np.cumsum([0, *(queries for queries, _ in rows), *[0] * num_padding])
-    lens = [*(context for _, context in rows), *[0] * num_padding]
-    q = rng.standard_normal((starts[-1] + 3, N, H)).astype(np.float32)  # three padding tokens
-    num_decodes = sum(queries == 1 for queries, _ in rows)
-    batch = PagedBatch(
-        jnp.asarray(tables),
-        jnp.asarray(starts, jnp.int32),
-        jnp.asarray(lens, jnp.int32),
-        jnp.int32(num_decodes),
-    )
-    return Case(q, pool, batch, contexts)
-
-
-def dense(case: Case, *, window: int | None = None, soft_cap: float | None = None) -> np.ndarray:
-    """The same in float64 over each row's context; zeros where a token has no row."""
-    _, N, H = case.q.shape
-    K = case.pool.shape[1]
-    out = np.zeros(case.q.shape)
-    starts = np.asarray(case.batch.query_starts)
-    for row, kv in enumerate(case.contexts):
-        C = len(kv)
-        for token in range(starts[row], starts[row + 1]):
-            position = C - starts[row + 1] + token
-            first = 0 if window is None else max(0, position - window + 1)
-            for head in range(N):
-                seen = kv[first : position + 1, head // (N // K)].astype(np.float64)
-                logits = seen[:, :H] @ case.q[token, head].astype(np.float64) * SCALE
-                if soft_cap is not None:
-                    logits = soft_cap * np.tanh(logits / soft_cap)
-                weights = np.exp(logits - logits.max())
-                out[token, head] = weights @ seen[:, H:] / weights.sum()
-    return out
-
-
-@functools.partial(jax.jit, static_argnames=("scale", "window", "soft_cap", "backend"))
-def attend(q: Any, pool: Any, batch: PagedBatch, **options: Any) -> jax.Array:
-    return paged_attention(q, pool, batch, **options)
-
-
-@functools.partial(jax.jit, static_argnames=("scale", "window", "soft_cap", "backend"))
-def decode(q: Any, pool: Any, tables: Any, lens: Any, **options: Any) -> jax.Array:
-    return paged_decode(q, pool, tables, lens, **options)
-
-
-def run(case: Case, backend: Backend, **options: Any) -> np.ndarray:
-    """The backend's attention; what stands in padding tokens is of no concern."""
-    out = attend(case.q, case.pool, case.batch, scale=SCALE, backend=backend, **options)
-    return np.asarray(out)[: case.batch.query_starts[-1]]
 
 
 def assert_backends_agree(case: Case, **options: Any) -> None:
@@ -166,16 +66,20 @@ def test_contexts_longer_than_a_tile_agree_with_dense_attention(block_size: int)
 def test_head_sizes_and_dtypes_of_the_pool_agree_with_dense_attention(head_size: int, dtype: str):
     """The C++ kernel has code of its own for 64, for 128, for the others and for each dtype."""
     case = make_case([(1, 150), (5, 21), (19, 19)], heads=(6, 2, head_size))
-    pool = case.pool.astype(jnp.bfloat16).astype(np.float32)
     # What is in the pool is exact in both dtypes, so neither may add an error of its own.
-    contexts = [kv.astype(jnp.bfloat16).astype(np.float32) for kv in case.contexts]
-    exact = dataclasses.replace(case, pool=pool, contexts=contexts)
+    exact = dataclasses.replace(rounded(case, "bfloat16"), q=case.q)
     expected = dense(exact)[: case.batch.query_starts[-1]]
-    half = dataclasses.replace(exact, pool=pool.astype(dtype))
+    half = dataclasses.replace(exact, pool=exact.pool.astype(dtype))
     for backend in BACKENDS:
         # `xla` rounds the query to the pool's dtype, as a matrix unit wants it.
         works_in = dtype if backend is Backend.XLA else "float32"
         assert_close(run(half, backend), expected, TOLERANCES[works_in].attention, backend.value)
+
+
+@pytest.mark.parametrize("block_size", [1, 5, 24])
+def test_blocks_of_any_size_agree_with_dense_attention(block_size: int):
+    case = make_case([(1, 29), (11, 40)], heads=(7, 1, 20), block_size=block_size)
+    assert_backends_agree(case, window=9, soft_cap=2.5)
 
 
 @each_backend
@@ -282,6 +186,63 @@ def test_bfloat16_agrees_with_float32_within_its_tolerance(backend: Backend):
     assert out.dtype == jnp.bfloat16
     expected = dense(case)[: len(out)]
     assert_close(out.astype(np.float32), expected, TOLERANCES["bfloat16"].attention)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, Backend.PALLAS_TPU_INTERPRET])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": jnp.zeros((7, 5, 16))}, "multiple of KV heads, got 5 and 3; a query is"),
+        ({"q": jnp.zeros((7, 6, 8))}, "2 x 8 lanes for this query, got 32; make the pool with"),
+        ({"pool": jnp.zeros((4, 0, 8, 32))}, "multiple of KV heads, got 6 and 0"),
+        ({"pool": jnp.zeros((4, 3, 0, 32))}, r"at least one slot, got a pool of \(4, 3, 0, 32\)"),
+        ({"window": 0}, r"window must be at least 1 \(the token itself\), got 0; None is"),
+        ({"window": -3}, "window must be at least 1 .*, got -3"),
+        ({"soft_cap": 0.0}, "soft_cap must be positive and finite .*, got 0.0; None is"),
+        ({"soft_cap": -2.0}, "soft_cap must be positive"),
+        ({"soft_cap": 1e-50}, "in float32, got 1e-50"),  # would be 0 there
+        ({"soft_cap": float("inf")}, "got inf"),
+        ({"soft_cap": float("nan")}, "got nan"),
+    ],
+    ids=str,
+)
+def test_what_has_no_answer_is_refused_by_every_backend_alike(
+    backend: Backend, change: dict[str, Any], message: str
+):
+    case = make_case([(1, 9), (3, 11)], num_padding=1)
+    arguments: dict[str, Any] = {"q": jnp.asarray(case.q), "pool": jnp.asarray(case.pool)} | change
+    q, pool = arguments.pop("q"), arguments.pop("pool")
+    options = {"scale": SCALE, "backend": backend, **arguments}
+    with pytest.raises(ValueError, match=message):
+        paged_attention(q, pool, case.batch, **options)
+    tables, lens = case.batch.block_tables, case.batch.seq_lens
+    with pytest.raises(ValueError, match=message):
+        paged_decode(q[: len(lens)], pool, tables, lens, **options)
+
+
+@each_backend
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seq_lens": jnp.array([9], jnp.int32)}, "3 block tables needs 4 .* got 4 and 1"),
+        ({"query_starts": jnp.array([0, 1], jnp.int32)}, "3 block tables .* got 2 and 3"),
+        ({"block_tables": jnp.zeros((2, 4), jnp.int32)}, "2 block tables .* got 4 and 3"),
+    ],
+    ids=["seq_lens", "query_starts", "block_tables"],
+)
+def test_a_batch_whose_rows_do_not_match_is_refused(
+    backend: Backend, change: dict[str, Any], message: str
+):
+    case = make_case([(1, 9), (3, 11)], num_padding=1)
+    with pytest.raises(ValueError, match=message):
+        run(dataclasses.replace(case, batch=dataclasses.replace(case.batch, **change)), backend)
+
+
+@each_backend
+def test_fewer_tokens_than_rows_are_refused(backend: Backend):
+    case = make_case([(1, 9), (3, 11)], num_padding=1)
+    with pytest.raises(ValueError, match=r"a token for each of 3 rows, got 2; pad its T axis"):
+        run(dataclasses.replace(case, q=case.q[:2]), backend)
 
 
 @each_backend

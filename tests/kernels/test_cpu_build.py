@@ -2,6 +2,7 @@
 
 import pathlib
 import shutil
+import tempfile
 
 import numpy as np
 import pytest
@@ -12,18 +13,45 @@ from pallas_kernels.cpu.build import BuildError
 
 library = build.library.__wrapped__
 
+COMPILER = next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), "")
+needs_compiler = pytest.mark.skipif(not COMPILER, reason="needs a C++ compiler")
+
 
 @pytest.fixture(autouse=True)
 def _nothing_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
-    """An empty home, and no memory of what this process compiled and registered."""
+    """An empty home, no compiler named, no memory of what this process compiled and registered."""
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(attention, "library", library)
     monkeypatch.setattr(attention, "register", attention.register.__wrapped__)
 
 
-@pytest.mark.skipif(
-    not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="needs a C++ compiler"
-)
+@pytest.fixture
+def small_source(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    """In place of the kernel, a function that is compiled at once and says 7."""
+    source = tmp_path / "small.cc"
+    source.write_text('extern "C" int seven() { return 7; }\n')
+    monkeypatch.setattr(build, "SOURCE", source)
+
+
+@pytest.fixture
+def temporary(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> pathlib.Path:
+    """Where this process makes temporary folders; the home is a file, so it has to."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def make_program(path: pathlib.Path, script: str) -> str:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@needs_compiler
 def test_a_kernel_is_compiled_once(capfd: pytest.CaptureFixture[str], tmp_path: pathlib.Path):
     library()
     assert capfd.readouterr().err == "jpaged: compiling the CPU attention kernel, once\n"
@@ -38,9 +66,8 @@ def test_a_kernel_is_compiled_once(capfd: pytest.CaptureFixture[str], tmp_path: 
 def test_without_a_compiler_attention_is_by_xla(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(BuildError, match=r"no C\+\+ compiler \(g\+\+, clang\+\+, c\+\+\)"):
+    with pytest.raises(BuildError, match=r"no C\+\+ compiler \(g\+\+, clang\+\+, c\+\+\); install"):
         library()
     assert default_backend("cpu") is Backend.XLA
     assert "attention by xla, the CPU kernel is missing: no C++ compiler" in capsys.readouterr().err
@@ -48,16 +75,100 @@ def test_without_a_compiler_attention_is_by_xla(
         choose_backend("cpu", "cpu")
 
 
+@pytest.mark.parametrize(
+    ("says", "message"),
+    [("echo 'no such header' >&2; exit 1", "1: no such header"), ("exit 3", "3: no message")],
+)
 def test_a_compiler_that_fails_is_named_and_leaves_nothing(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+    says: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ):
-    compiler = tmp_path / "broken-c++"
-    compiler.write_text("#!/bin/sh\necho 'no such header' >&2\nexit 1\n")
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
-    with pytest.raises(BuildError, match=r"broken-c\+\+ failed: no such header"):
+    compiler = make_program(tmp_path / "broken-c++", f'[ "$1" = --version ] || {{ {says}; }}')
+    monkeypatch.setenv("CXX", compiler)
+    with pytest.raises(BuildError, match=rf"broken-c\+\+ failed with exit status {message}"):
         library()
     assert not list((tmp_path / ".cache" / "jpaged" / "kernels").iterdir())
+
+
+def test_a_compiler_that_says_nothing_and_makes_nothing_leaves_xla(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+):
+    monkeypatch.setenv("CXX", make_program(tmp_path / "idle-c++", "exit 0"))
+    with pytest.raises(BuildError, match="No such file"):
+        library()
+    assert default_backend("cpu") is Backend.XLA
+
+
+@pytest.mark.usefixtures("small_source")
+@needs_compiler
+@pytest.mark.parametrize("options", ["", " -O1 '-DNAME=a b'"])
+def test_cxx_may_be_several_words(
+    options: str, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+):
+    launcher = make_program(tmp_path / "ccache", f'echo "$@" >> {tmp_path}/log; exec "$@"')
+    monkeypatch.setenv("CXX", f"{launcher} {COMPILER}{options}")
+    assert library().seven() == 7
+    version, compiled, linked = (tmp_path / "log").read_text().splitlines()
+    assert version == f"{COMPILER}{options.replace(chr(39), '')} --version"
+    assert " -c " in compiled
+    assert " -shared " in linked
+
+
+def test_a_cxx_that_is_no_command_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CXX", "'g++")
+    with pytest.raises(BuildError, match=r"CXX must be a command, got .*'g\+\+.*: No closing"):
+        library()
+    monkeypatch.setenv("CXX", "no-such-program --fast")
+    with pytest.raises(BuildError, match=r"no C\+\+ compiler \(no-such-program\); install one or"):
+        library()
+
+
+@pytest.mark.usefixtures("small_source")
+@needs_compiler
+@pytest.mark.parametrize("damage", ["empty", "half", "one bit"])
+def test_a_damaged_file_in_the_cache_is_compiled_again(
+    damage: str,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: pathlib.Path,
+):
+    library()
+    (made,) = tmp_path.rglob("*.so")
+    whole, half = made.read_bytes(), made.stat().st_size // 2
+    flipped = bytes([whole[half] ^ 1])
+    contents = {
+        "empty": b"",
+        "half": whole[:half],
+        "one bit": whole[:half] + flipped + whole[half + 1 :],
+    }
+    # In another home: what was loaded from a path, half of it gone, would take this process along.
+    damaged = tmp_path / "other" / made.relative_to(tmp_path)
+    damaged.parent.mkdir(parents=True)
+    damaged.write_bytes(contents[damage])
+    monkeypatch.setenv("HOME", str(tmp_path / "other"))
+    capfd.readouterr()
+    assert library().seven() == 7
+    assert capfd.readouterr().err == "jpaged: compiling the CPU attention kernel, once\n"
+    assert list(damaged.parent.iterdir()) == [damaged]
+    assert damaged.read_bytes() == whole
+    library()
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.usefixtures("small_source")
+@needs_compiler
+def test_without_a_home_the_kernel_is_loaded_and_its_folder_removed(temporary: pathlib.Path):
+    assert library().seven() == 7
+    assert not list(temporary.iterdir())
+
+
+def test_without_a_home_a_compiler_that_fails_leaves_no_folder(
+    temporary: pathlib.Path, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+):
+    compiler = make_program(tmp_path / "broken-c++", '[ "$1" = --version ]')
+    monkeypatch.setenv("CXX", compiler)
+    with pytest.raises(BuildError, match="failed with exit status 1: no message"):
+        library()
+    assert not list(temporary.iterdir())
 
 
 def test_a_compiler_that_cannot_be_run_leaves_xla(

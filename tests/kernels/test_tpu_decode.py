@@ -179,7 +179,8 @@ def test_blocks_that_arrive_at_once_agree_too():
 
 
 def test_one_buffer_for_two_tiles_is_found_to_race(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(decode, "NUM_BUFFERS", 1)
+    vmem = pltpu.VMEM  # of the scratch shapes, the ring is in VMEM; its semaphores stay two
+    monkeypatch.setattr(pltpu, "VMEM", lambda shape, dtype: vmem((1, *shape[1:]), dtype))
     assert simulate(make_case([50])).raced
 
 
@@ -204,12 +205,8 @@ def test_a_wrong_shape_is_refused_by_the_annotations():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"q": jnp.zeros((2, 5, 16))}, "multiple of KV heads, got 5 and 2"),
-        ({"q": jnp.zeros((2, 6, 8))}, "2 x 8 lanes for this query, got 32"),
         ({"pool": jnp.zeros((4, 2, 12, 32))}, "multiple of 8, got 12"),
         ({"pool": jnp.zeros((4, 2, 8, 32), jnp.float16)}, "got float16"),
-        ({"window": 0}, "window must be at least 1"),
-        ({"soft_cap": 0.0}, "soft_cap must be positive"),
         ({"tile_blocks": 0}, "tile_blocks must be at least 1"),
     ],
 )
