@@ -8,16 +8,13 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Self
 
-from tqdm import tqdm
-
 from jpaged.config import DEFAULT_MAX_WAITING
-from jpaged.detokenize import Detokenizer
+from jpaged.desk import Desk
 from jpaged.engine import Engine
-from jpaged.errors import EngineFailedError
 from jpaged.loading import build_engine
 from jpaged.messages import as_conversations
 from jpaged.options import Options
-from jpaged.outputs import RequestOutput, output_delta, request_output
+from jpaged.outputs import RequestOutput
 from jpaged.params import SamplingParams, checked_flag, checked_text
 from jpaged.prompts import (
     Prompt,
@@ -31,7 +28,7 @@ from jpaged.prompts import (
 from jpaged.requests import Request
 from jpaged.snapshot import Snapshot, take_snapshot
 from jpaged.stats import Stats
-from jpaged.trace import StepRecord, StepRecorder
+from jpaged.trace import StepRecord
 
 
 class LLM:
@@ -111,11 +108,7 @@ class LLM:
         self.model_config = built.engine.runner.model
         self.tokenizer = built.engine.tokenizer
         self._maker = RequestMaker(self.model_config, self.tokenizer, seed=options.seed)
-        self._recorder = StepRecorder(self.engine.scheduler)
-        self._requests: dict[str, Request] = {}  # those whose end no caller has taken yet
-        self._outputs: dict[str, RequestOutput] = {}  # news that no caller has taken yet
-        self._news_lost = False  # whether a step was interrupted before its news were kept
-        self._closed = False
+        self._desk = Desk(self.engine, self._maker)
         if warm_up:
             self.engine.runner.warm_up(progress=use_tqdm)
 
@@ -139,7 +132,7 @@ class LLM:
         priorities = as_priorities(priority, len(each))
         make = self._maker.make
         requests = [make(*one) for one in zip(each, params, priorities, strict=True)]
-        return self._run(requests, use_tqdm)
+        return self._desk.run(requests, use_tqdm=use_tqdm)
 
     def chat(
         self,
@@ -164,7 +157,7 @@ class LLM:
             text = self._render(conversation, add_generation_prompt=add_generation_prompt)
             token_ids = self._maker.encode(text, add_special_tokens=False)
             requests.append(self._maker.make_tokenized(token_ids, one, text, its_priority))
-        return self._run(requests, use_tqdm)
+        return self._desk.run(requests, use_tqdm=use_tqdm)
 
     def stream(
         self,
@@ -175,9 +168,8 @@ class LLM:
     ) -> Iterator[RequestOutput]:
         """The answer as it grows: each output holds only what is new. Closing it aborts."""
         request = self._make(prompt, sampling_params, priority)
-        self._check_open()
-        self.engine.scheduler.validate(request)
-        return self._stream(request)
+        self._desk.validate(request)
+        return self._desk.stream(request)
 
     def submit(
         self,
@@ -193,35 +185,21 @@ class LLM:
         """
         request = self._make(prompt, sampling_params, priority)
         if request_id is not None:
-            self._check_new(request_id)
-            request.request_id = request_id
-        try:
-            self._add([request])
-        except BaseException:
-            self._forget([request])  # nobody would know its id
-            raise
-        return request.request_id
+            request.request_id = self._desk.checked_id(request_id)
+        return self._desk.submit(request)
 
     def step(self) -> list[RequestOutput]:
         """Runs one step; what has changed since it was last asked, each in full so far."""
-        self._advance()
-        news = list(self._outputs.values())
-        for output in news:
-            if output.finished:
-                self._requests.pop(output.request_id, None)
-        self._outputs = {}  # last: whoever is interrupted before it hears the news next time
-        return news
+        return self._desk.step()
 
     def abort(self, request_id: str) -> None:
         """Ends a request and frees its blocks; an unknown or finished one is left alone."""
-        for sequence in self.engine.scheduler.abort(checked_text("request_id", request_id)):
-            self._outputs[request_id] = request_output(sequence.request)
+        self._desk.abort(checked_text("request_id", request_id))
 
     @property
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has anything to do or to say."""
-        has_news = bool(self._outputs) or (self._news_lost and bool(self._requests))
-        return self.engine.scheduler.has_work or has_news
+        return self.engine.scheduler.has_work or self._desk.has_news
 
     def stats(self) -> Stats:
         """What runs, what waits, how full the pool is, and how many programs were compiled."""
@@ -239,7 +217,7 @@ class LLM:
         `waiting` after it; `tokens` computed, in `prefills` and `decodes` rows; blocks, `waste` and
         `saving` as `stats()` means them, while it ran; and its own share of the totals there.
         """
-        return self._recorder.trace()
+        return self._desk.recorder.trace()
 
     def reset_prefix_cache(self) -> bool:
         """Forgets every cached prefix; False, and nothing done, while requests hold blocks."""
@@ -247,11 +225,8 @@ class LLM:
 
     def close(self) -> None:
         """Deletes the device arrays and gives up what still runs. Safe to repeat."""
-        if not self._closed:
-            self._closed = True
-            for request_id in list(self.engine.scheduler.requests):
-                self.engine.scheduler.abort(request_id)
-            self.engine.runner.close()
+        self._desk.close()
+        self.engine.runner.close()
 
     def __enter__(self) -> Self:
         return self
@@ -270,118 +245,6 @@ class LLM:
         params = one_params(sampling_params)
         return self._maker.make(prompt, params, checked_priority(priority))
 
-    def _run(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
-        """Runs `requests` to their end, or aborts them all if that is interrupted."""
-        finished: dict[str, RequestOutput] = {}
-        total = len(requests)
-        with tqdm(total=total, desc="generating", unit="request", disable=not use_tqdm) as bar:
-            try:
-                self._add(requests)
-                ids = [request.request_id for request in requests]
-                while len(finished) < total:
-                    self._advance()
-                    for request_id in [i for i in ids if i in self._outputs]:
-                        output = self._outputs.pop(request_id)
-                        if output.finished:
-                            finished[request_id] = output
-                    bar.update(len(finished) - bar.n)
-            finally:
-                self._forget(requests)
-        self._raise_failure(requests, finished)
-        return [finished[request.request_id] for request in requests]
-
-    def _raise_failure(self, requests: list[Request], finished: dict[str, RequestOutput]) -> None:
-        failed = [request for request in requests if request.error is not None]
-        if failed:
-            outputs = [finished[request.request_id] for request in requests]
-            raise EngineFailedError(
-                f"{len(failed)} of {len(requests)} requests failed: {failed[0].error}; the "
-                "engine is usable, and `outputs` of this error holds what was generated",
-                outputs=outputs,
-            ) from failed[0].error
-
-    def _stream(self, request: Request) -> Iterator[RequestOutput]:
-        seen: RequestOutput | None = None
-        try:
-            self._add([request])
-            while seen is None or not seen.finished:
-                self._advance()
-                output = self._outputs.pop(request.request_id, None)
-                if output is not None:
-                    yield output_delta(output, seen)
-                    seen = output
-        finally:
-            self._forget([request])
-        self._raise_failure([request], {request.request_id: seen})
-
-    def _add(self, requests: list[Request]) -> None:
-        """Checks all of `requests` and then queues them; whoever calls this forgets them again."""
-        self._check_open()
-        scheduler = self.engine.scheduler
-        for request in requests:
-            scheduler.validate(request)
-        for request in requests:
-            self._maker.complete(request, self._is_taken)
-            self._attach_detokenizers(request)
-            scheduler.add(request)
-            self._requests[request.request_id] = request  # after it, for `add` may refuse
-
-    def _attach_detokenizers(self, request: Request) -> None:
-        params = request.params
-        if self.tokenizer is None or not params.detokenize:
-            return
-        for sequence in request.sequences:
-            sequence.detokenizer = Detokenizer(
-                self.tokenizer,
-                prompt_token_ids=request.prompt_token_ids,
-                skip_special_tokens=params.skip_special_tokens,
-                stop=params.stop,
-                include_stop_str_in_output=params.include_stop_str_in_output,
-                min_tokens=params.min_tokens,
-            )
-
-    def _advance(self) -> None:
-        """One step; its news are kept until the caller they belong to takes them."""
-        self._check_open()
-        if self._news_lost:
-            for request_id, request in self._requests.items():
-                self._outputs[request_id] = request_output(request)
-        self._news_lost = True
-        for sequence in self._recorder.run(self.engine.step):
-            request = sequence.request
-            self._outputs[request.request_id] = request_output(request)
-        self._news_lost = False
-
-    def _check_new(self, request_id: str) -> None:
-        if not checked_text("request_id", request_id):
-            raise ValueError("request_id is empty; give another, or None to have one drawn")
-        if self._is_taken(request_id):
-            raise ValueError(
-                f"request_id {request_id!r} is in use by a request whose end `step` has not told; "
-                "give another, or None to have one drawn"
-            )
-
-    def _is_taken(self, request_id: str) -> bool:
-        return request_id in self._requests or request_id in self.engine.scheduler.requests
-
-    def _forget(self, requests: list[Request]) -> None:
-        """Ends the requests and drops their news, even if an interrupt cuts the first try short."""
-        try:
-            self._drop(requests)
-        finally:
-            self._drop(requests)
-
-    def _drop(self, requests: list[Request]) -> None:
-        scheduler = self.engine.scheduler
-        for request in requests:
-            request_id = request.request_id
-            # One that was refused may bear the id of another, which stays.
-            if scheduler.requests.get(request_id) is request:
-                scheduler.abort(request_id)
-            if self._requests.get(request_id) is request:
-                self._outputs.pop(request_id, None)
-                del self._requests[request_id]
-
     def _render(self, conversation: list[dict[str, Any]], *, add_generation_prompt: bool) -> str:
         template = self.tokenizer.chat_template if self.tokenizer else None
         if template is None:
@@ -389,10 +252,6 @@ class LLM:
                 f"{self.model_source} has no chat template; write the prompt out and call generate"
             )
         return template.render(conversation, add_generation_prompt=add_generation_prompt)
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise RuntimeError("this LLM is closed; make another")
 
 
 def check_options(given: dict[str, Any]) -> None:

@@ -62,7 +62,7 @@ def tokens_of(outputs: list[RequestOutput]) -> Tokens:
 def assert_idle(llm: LLM) -> None:
     assert not llm.engine.scheduler.requests
     assert not llm.has_unfinished_requests
-    assert not llm._requests
+    assert not llm._desk._requests
     stats = llm.stats()
     assert (stats.blocks_used, stats.running, stats.waiting) == (0, 0, 0)
     check(llm.engine.scheduler)

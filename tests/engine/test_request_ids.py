@@ -36,13 +36,13 @@ def drain(llm: LLM) -> dict[str, RequestOutput]:
     while llm.has_unfinished_requests:
         finished |= {output.request_id: output for output in llm.step() if output.finished}
     check(llm.engine.scheduler)
-    assert not llm._requests
-    assert not llm._outputs
+    assert not llm._desk._requests
+    assert not llm._desk._outputs
     return finished
 
 
 def held(llm: LLM) -> Any:
-    return dict(llm._requests), dict(llm.engine.scheduler.requests), dict(llm._outputs)
+    return dict(llm._desk._requests), dict(llm.engine.scheduler.requests), dict(llm._desk._outputs)
 
 
 def test_drawn_ids_pass_over_those_that_callers_gave(llm: LLM, answer: list[int]):
@@ -89,7 +89,7 @@ def test_an_id_that_cannot_be_is_refused_and_nothing_changes(
     llm.submit(OTHER, GREEDY, request_id="running")
     llm.submit(OTHER, GREEDY, request_id="aborted")
     for _ in range(3):
-        llm._advance()  # as `generate` or a stream of somebody else would
+        llm._desk._advance()  # as `generate` or a stream of somebody else would
     llm.submit(OTHER, GREEDY, request_id="waiting")
     llm.abort("aborted")
     before = held(llm)
