@@ -49,6 +49,9 @@ class Engine:
             if plan is None or not isinstance(error, Exception):
                 raise
             ended += self._give_up(plan, error)
+            # The scheduler may have forgotten these before the exception, and nobody was told.
+            rest = [row.sequence for row in plan.rows if row.sequence not in ended]
+            ended += [sequence for sequence in rest if sequence.finished]
         return ended
 
     def stats(self) -> Stats:

@@ -16,8 +16,8 @@ class WaitingQueue:
     """Sequences in their order: by priority, then arrival, then index.
 
     `front` is the first `NUM_CONSIDERED` of them, sorted. The others are in a heap, where one that
-    was removed stays until it comes up, or until half of the heap has gone. So adding, removing
-    anywhere and refilling the front all cost O(log n), and nothing looks at the whole.
+    was removed stays until it comes up, or is swept out when more than half have gone. So adding,
+    removing anywhere and refilling the front cost O(log n), and nothing looks at the whole.
     """
 
     def __init__(self) -> None:

@@ -228,6 +228,33 @@ def test_an_exception_at_any_bytecode_of_generate_is_made_good_or_raised(llm: LL
     assert_usable(llm, answers)
 
 
+def test_an_exception_at_any_bytecode_of_a_last_commit_loses_no_end(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+):
+    params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+    scheduler = llm.engine.scheduler
+    commit, point, came_to_its_end = scheduler.commit, 0, False
+
+    def failing(*args: Any) -> Any:
+        nonlocal came_to_its_end
+        monkeypatch.undo()
+        with interrupt(point, DeviceError):
+            changed = commit(*args)
+        came_to_its_end = True
+        return changed
+
+    while not came_to_its_end:
+        monkeypatch.setattr(scheduler, "commit", failing)
+        ids = [llm.submit(make_prompt(length), params) for length in (5, 3)]
+        finished: dict[str, RequestOutput] = {}
+        drive(llm, finished)
+        assert sorted(finished) == sorted(ids), f"an end was lost at bytecode {point}"
+        assert all(len(output.outputs[0].token_ids) == 1 for output in finished.values())
+        assert_idle(llm)
+        point += 1
+    assert point > 200
+
+
 def submit_all(llm: LLM) -> list[str]:
     return [llm.submit(prompt, params) for prompt, params in zip(PROMPTS, PARAMS, strict=True)]
 
