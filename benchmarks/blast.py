@@ -2,10 +2,10 @@
 
 python -m benchmarks.blast [--operations 1000000] [--seed 0] [--every 1]
 
-Requests come, fork, share prefixes, differ in priority, are aborted between and during steps; steps
-fail; pools are so small that sequences are preempted; the prefix cache is emptied.
-`jpaged.invariants.check` and the oracle that remembers what every slot holds watch, and every
-answer must be the scripted one.
+Requests come, fork, search with beams, share prefixes, differ in priority, are aborted between and
+during steps; steps fail; pools are so small that sequences are preempted; the prefix cache is
+emptied. `jpaged.invariants.check` and the oracle that remembers what every slot holds watch, and
+every answer must be the scripted one.
 A life of 2,000 operations has one scheduler with limits drawn for it, and the seed after that of
 the life before: a failure names its own, which alone replays it.
 """
@@ -18,6 +18,8 @@ import time
 
 from benchmarks.measure import host_provenance
 from benchmarks.oracle import WatchedScheduler
+from benchmarks.scripted_beams import advance_beams, make_beam_request, scripted_search
+from jpaged.beams import BeamSearchParams
 from jpaged.config import EngineConfig
 from jpaged.invariants import check
 from jpaged.params import SamplingParams
@@ -55,7 +57,8 @@ class Life:
         self.most_known = rng.choice([12, 12, 40])  # forty keep more waiting than stand in front
         self.operations = {
             self.step: 60,
-            self.submit: 25,
+            self.submit: 22,
+            self.submit_beams: 3,
             self.abort: 5,
             self.abort_during_a_step: 3,
             self.fail_a_step: 3,
@@ -66,18 +69,15 @@ class Life:
         """One random operation; in every fourth stretch nothing comes in, so that all drains."""
         choices, weights = list(self.operations), list(self.operations.values())
         operation = self.rng.choices(choices, weights)[0]
-        if operation == self.submit and (
-            index // 100 % 4 == 3 or len(self.known) >= self.most_known
-        ):
+        brings = operation in (self.submit, self.submit_beams)
+        if brings and (index // 100 % 4 == 3 or len(self.known) >= self.most_known):
             operation = self.step
         operation()
         self._dismiss()
 
     def submit(self) -> None:
         """A request, whose prompt is one of few that begin alike."""
-        rng = self.rng
-        prompt = [rng.randrange(3) // 2 for _ in range(6)] + [2] * 12 + [1, 3] * 16
-        prompt = prompt[: rng.randrange(1, 50)] + [rng.randrange(NUM_TOKENS)] * rng.randrange(3)
+        rng, prompt = self.rng, self._prompt()
         room = self.scheduler.config.block_size * (self.scheduler.config.num_blocks - 1)
         request = Request(
             request_id=str(self.num_submitted),
@@ -93,18 +93,44 @@ class Life:
             seed=rng.randrange(1 << 20),
             priority=rng.choice([0, 0, 0, 1, -1]),
         )
-        self.num_submitted += 1
-        self.scheduler.add(request)
-        self.known[request.request_id] = request
-        self.counts["submitted"] += 1
+        self._add(request)
         self.counts["forks"] += request.params.n - 1
+
+    def submit_beams(self) -> None:
+        """A beam search, as wide and as long as rows and pool may hold at once."""
+        rng, prompt, config = self.rng, self._prompt(), self.scheduler.config
+        widest = min(config.max_num_seqs, config.max_num_batched_tokens, NUM_TOKENS - 1)
+        width = rng.randrange(1, widest + 1)
+        prompt = prompt[: (config.num_blocks - 1) // width * config.block_size - 1]
+        if not prompt:
+            return
+        room = (config.num_blocks - 1) // width * config.block_size - len(prompt)
+        request = make_beam_request(
+            str(self.num_submitted),
+            prompt,
+            BeamSearchParams(
+                beam_width=width,
+                max_tokens=rng.randrange(1, min(30, room) + 1),
+                length_penalty=rng.choice([-1.0, 0.0, 1.0]),
+                early_stopping=rng.choice([False, True, "never"]),
+                ignore_eos=rng.random() < 0.7,
+                detokenize=False,
+                cache_salt=rng.choice([None, None, "salt"]),
+            ),
+            seed=rng.randrange(1 << 20),
+            max_model_len=MAX_MODEL_LEN,
+            eos_token_ids=[EOS],
+            priority=rng.choice([0, 0, 0, 1, -1]),
+        )
+        self._add(request)
+        self.counts["searches"] += 1
 
     def step(self) -> None:
         """Plans, checks the plan, commits."""
         plan = self.scheduler.schedule()
         if plan is not None:
             check(self.scheduler, plan)
-            self.scheduler.commit(plan, _sampled(plan))
+            self._commit(plan)
             self.counts["steps"] += 1
 
     def abort(self) -> None:
@@ -119,7 +145,7 @@ class Life:
         if plan is not None:
             self.scheduler.abort(self.rng.choice(list(self.known)))
             check(self.scheduler, plan)
-            self.scheduler.commit(plan, _sampled(plan))
+            self._commit(plan)
             self.counts["aborted in a step"] += 1
 
     def fail_a_step(self) -> None:
@@ -152,12 +178,31 @@ class Life:
         self.counts["hit tokens"] += counters.hit_tokens
         self.counts["generated tokens"] += counters.generated_tokens
 
+    def _prompt(self) -> list[int]:
+        """One of few that begin alike."""
+        rng = self.rng
+        prompt = [rng.randrange(3) // 2 for _ in range(6)] + [2] * 12 + [1, 3] * 16
+        return prompt[: rng.randrange(1, 50)] + [rng.randrange(NUM_TOKENS)] * rng.randrange(3)
+
+    def _add(self, request: Request) -> None:
+        self.num_submitted += 1
+        self.scheduler.add(request)
+        self.known[request.request_id] = request
+        self.counts["submitted"] += 1
+
+    def _commit(self, plan: StepPlan) -> None:
+        self.scheduler.commit(plan, _sampled(plan))
+        advance_beams(self.scheduler, plan, num_tokens=NUM_TOKENS)
+        self.counts["beams that waited"] += sum(
+            sequence.candidates is not None for sequence in self.scheduler.running
+        )
+
     def _dismiss(self) -> None:
         """Compares the answers of finished requests with the script, and forgets them."""
         for request in [request for request in self.known.values() if request.finished]:
             del self.known[request.request_id]
-            for sequence in request.sequences:
-                found, wanted = sequence.output_token_ids, _script(sequence)
+            for sequence, wanted in zip(request.sequences, _answers(request), strict=True):
+                found = sequence.output_token_ids
                 if sequence.finish_reason == "abort":
                     wanted = wanted[: len(found)]
                 assert found == wanted, f"request {request.request_id}: {found}, not {wanted}"
@@ -218,6 +263,16 @@ def _sampled(plan: StepPlan) -> list[int]:
 def _token(sequence: Sequence, position: int) -> int:
     """The token at `position`, like a model's: it depends on nothing else that runs."""
     return hash((sequence.request.seed, sequence.index, position)) % NUM_TOKENS
+
+
+def _answers(request: Request) -> list[list[int]]:
+    """What each sequence of a request says that nobody disturbs."""
+    if request.search is None:
+        return [_script(sequence) for sequence in request.sequences]
+    if any(sequence.finish_reason == "abort" for sequence in request.sequences):
+        return [sequence.output_token_ids for sequence in request.sequences]  # on its way anywhere
+    found = scripted_search(request, num_tokens=NUM_TOKENS).finished
+    return [hypothesis.beam.token_ids for hypothesis in found]
 
 
 def _script(sequence: Sequence) -> list[int]:

@@ -1,14 +1,17 @@
 """Where key/value memory goes under paging and under reservation, and what paging costs the host.
 
-python -m benchmarks.memory [--trace FILE ...] [--plot FILE.png]
+python -m benchmarks.memory [--trace FILE ...] [--plot FILE.png] [--model [MODEL]]
 
-No device and no model: the engine's own scheduler runs requests whose lengths are a trace's, or
-drawn from laws fitted to real traces, in a pool that is always full. A step is a unit of time; it
-computes whole prompts, or one token of each sequence that runs. The pool holds as many tokens as
---slabs of the longest request. Averages leave out the beginning, in which all requests are young,
-and the end, in which none waits. Shared tokens count once, and blocks nobody refers to are free.
-The picture adds a replay with shared prompts in a small pool: its blocks, its tables, its steps.
+No device and, without --model, no model: the engine's own scheduler runs requests whose lengths are
+a trace's, or drawn from laws fitted to real traces, in a pool that is always full. A step is a unit
+of time; it computes whole prompts, or one token of each sequence that runs. The pool holds as many
+tokens as --slabs of the longest request. Averages leave out the beginning, in which all requests
+are young, and the end, in which none waits. Shared tokens count once, and blocks nobody refers to
+are free. The picture adds a replay with shared prompts in a small pool: its blocks, its tables, its
+steps.
 
+The part named beams has as many searches as --beam-requests, whose beams follow a seeded law
+(benchmarks.beam_saving); with --model it also runs a model's own beams over bundled questions.
 The part named order is another run: requests come over time and begin alike (benchmarks.order).
 """
 
@@ -18,6 +21,7 @@ import json
 import pathlib
 import sys
 
+from benchmarks.beam_saving import BeamSaving, save_beams, save_model_beams
 from benchmarks.contiguous import Buddies, FirstFit, Shares, Slabs, reserve
 from benchmarks.host_cost import HostCost, host_cost
 from benchmarks.lengths import LAWS, RequestLengths, law_lengths, read_trace
@@ -27,9 +31,11 @@ from benchmarks.order import CLASSES, Arrival, compare_orders, shared_prompts, t
 from benchmarks.plot import draw, has_matplotlib
 from benchmarks.replay import Hits, read_prompts, replay
 from benchmarks.saturate import Saturated, Saving, saturate, save
+from jpaged import LLM
 
 PAPER = {"maximum": 0.204, "power of 2": 0.268, "oracle": 0.382, "blocks": 0.963}  # effective
-PARTS = ("waste", "sharing", "hits", "order", "cost")
+PAPER_BEAMS = "44.3 to 66.3 %"  # saved by 2 to 6 beams of OPT-13B on ShareGPT (figure 15)
+PARTS = ("waste", "sharing", "beams", "hits", "order", "cost")
 BARS = {
     "waste": "within 5 % of theory",
     "running": "at least 97 % of reservation / mean resident tokens",
@@ -45,7 +51,7 @@ BARS = {
 def main() -> None:
     """Prints tables for people and, last, one JSON line."""
     options = _options()
-    reports, hits, orders, cost = [], [], [], None
+    reports, model_beams, hits, orders, cost = [], [], [], [], None
     all_lengths = _all_lengths(options)
     for name, lengths in all_lengths:
         report: dict = {"lengths": name, "requests": len(lengths)}
@@ -61,7 +67,11 @@ def main() -> None:
             report |= _waste(lengths, options, num_slots=num_slots, longest=longest)
         if "sharing" in options.parts:
             report |= _sharing(lengths[: options.sharing_requests], options, num_slots=num_slots)
+        if "beams" in options.parts:
+            report |= _beams(lengths[: options.beam_requests], options, num_slots=num_slots)
         reports.append(report)
+    if options.model is not None:
+        model_beams = _model_beams(options)
     for path in options.trace:
         if "hits" in options.parts and path.endswith(".jsonl"):
             hits += _hits(path, options)
@@ -71,7 +81,8 @@ def main() -> None:
         cost = _cost(options)
     if options.plot:
         _plot(reports, all_lengths[0][1], options)
-    figures = {"reports": reports, "hits": hits, "orders": orders, "cost": cost}
+    figures = {"reports": reports, "model_beams": model_beams, "hits": hits}
+    figures |= {"orders": orders, "cost": cost}
     print(json.dumps({"benchmark": "memory", "bars": BARS, **figures, **host_provenance()}))
 
 
@@ -89,6 +100,10 @@ def _options() -> argparse.Namespace:
     add("--slabs", type=int, default=32, help="longest requests that the pool holds")
     add("--block-size", type=int, default=16)
     add("--parallel", type=int, nargs="+", default=[2, 4, 6], help="answers to a prompt")
+    add("--beam-requests", type=int, default=200, help="of these, with beams")
+    add("--beam-widths", type=int, nargs="+", default=[2, 4, 6])
+    add("--model", nargs="?", const="", help="runs its beams; without a name, the default model's")
+    add("--model-tokens", type=int, default=128, help="that it generates, at most")
     add("--hit-block-size", type=int, default=128, choices=(8, 16, 32, 64, 128))
     add(
         "--hit-blocks",
@@ -110,7 +125,7 @@ def _options() -> argparse.Namespace:
 
 
 def _all_lengths(options: argparse.Namespace) -> list[tuple[str, list[RequestLengths]]]:
-    if not {"waste", "sharing"} & set(options.parts):
+    if not {"waste", "sharing", "beams"} & set(options.parts):
         return []
     if options.trace:
         return [
@@ -189,6 +204,34 @@ def _sharing(lengths: list[RequestLengths], options: argparse.Namespace, *, num_
             flush=True,
         )
     return {"sharing": [dataclasses.asdict(saving) for saving in savings]}
+
+
+def _beams(lengths: list[RequestLengths], options: argparse.Namespace, *, num_slots: int) -> dict:
+    size, seed = options.block_size, options.seed
+    savings = []
+    for width in options.beam_widths:
+        savings.append(save_beams(lengths, width, num_slots=num_slots, block_size=size, seed=seed))
+        _print_beams(savings[-1])
+    return {"beams": [dataclasses.asdict(saving) for saving in savings]}
+
+
+def _model_beams(options: argparse.Namespace) -> list[dict]:
+    savings = []
+    with LLM(options.model or None, block_size=options.block_size, warm_up=False) as llm:
+        print(f"\nbeams of {llm.model_source}, at most {options.model_tokens} tokens")
+        for width in options.beam_widths:
+            savings.append(save_model_beams(llm, width, num_tokens=options.model_tokens))
+            _print_beams(savings[-1])
+    return [dataclasses.asdict(saving) for saving in savings]
+
+
+def _print_beams(saving: BeamSaving) -> None:
+    print(
+        f"  {saving.beam_width} beams save {saving.measured:.1%} of blocks (the paper: "
+        f"{PAPER_BEAMS}); {saving.survivors:.0%} of beams go on from a step; "
+        f"{saving.copied_blocks} blocks copied, {saving.preemptions} preemptions",
+        flush=True,
+    )
 
 
 def _hits(path: str, options: argparse.Namespace) -> list[dict]:

@@ -23,7 +23,7 @@ class Oracle:
         self.pool = np.zeros((config.num_blocks, config.block_size), np.int64)
         self.space = np.zeros((config.num_swap_blocks, config.block_size), np.int64)
         self.tables = np.zeros((config.max_num_seqs, config.max_blocks_per_seq), np.int64)
-        self._histories: dict[Sequence, list[int]] = {}
+        self._histories: dict[Sequence, tuple[list[int], list[int]]] = {}  # tokens, numbers
 
     def run(self, plan: StepPlan) -> None:
         """Does what a step does, and checks what each row sees before and after it."""
@@ -68,9 +68,12 @@ class Oracle:
 
     def history(self, sequence: Sequence) -> np.ndarray:
         """A number for each prefix of the sequence's tokens."""
-        known = self._histories.setdefault(sequence, [])
+        tokens, known = self._histories.setdefault(sequence, ([], []))
+        if sequence.token_ids[: len(tokens)] != tokens:  # another beam has taken its place
+            del tokens[:], known[:]
         salt = hash(sequence.request.params.cache_salt)
         for token in sequence.token_ids[len(known) :]:
+            tokens.append(token)
             known.append(hash((known[-1] if known else salt, token)))
         return np.array(known, np.int64)
 

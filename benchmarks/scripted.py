@@ -53,6 +53,13 @@ def run_saturated(scheduler: Scheduler, requests: Iterable[Request]) -> Iterator
 
     What is sampled depends on the sequence and its length, so siblings differ.
     """
+    for plan in saturated_plans(scheduler, requests):
+        yield plan
+        scheduler.commit(plan, [row.sequence.index + row.seq_len for row in plan.rows])
+
+
+def saturated_plans(scheduler: Scheduler, requests: Iterable[Request]) -> Iterator[StepPlan]:
+    """The same; whoever takes a plan commits it."""
     requests = iter(requests)
     while True:
         for request in itertools.islice(requests, max(0, QUEUED - scheduler.num_waiting)):
@@ -61,4 +68,3 @@ def run_saturated(scheduler: Scheduler, requests: Iterable[Request]) -> Iterator
         if plan is None:
             return
         yield plan
-        scheduler.commit(plan, [row.sequence.index + row.seq_len for row in plan.rows])

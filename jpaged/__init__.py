@@ -6,6 +6,7 @@ from jpaged.generate import generate, shutdown
 
 if TYPE_CHECKING:
     from jpaged.async_llm import AsyncLLM
+    from jpaged.beams import BeamSearchParams
     from jpaged.errors import EngineFailedError, JpagedError, OutOfBlocksError, QueueFullError
     from jpaged.llm import LLM
     from jpaged.outputs import CompletionOutput, Logprob, RequestOutput
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 
 _HOMES = {  # loaded when first used: importing jpaged loads no flax and touches no device
     "AsyncLLM": "jpaged.async_llm",
+    "BeamSearchParams": "jpaged.beams",
     "CompletionOutput": "jpaged.outputs",
     "EngineFailedError": "jpaged.errors",
     "JpagedError": "jpaged.errors",
@@ -35,6 +37,7 @@ _HOMES = {  # loaded when first used: importing jpaged loads no flax and touches
 __all__ = [
     "LLM",
     "AsyncLLM",
+    "BeamSearchParams",
     "CompletionOutput",
     "EngineFailedError",
     "JpagedError",

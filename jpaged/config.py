@@ -47,8 +47,16 @@ class EngineConfig:
         """Blocks of a sequence that has reached `max_model_len`."""
         return self.blocks_for(self.max_model_len)
 
-    def check_lengths(self, num_prompt: int, max_tokens: int | None) -> None:
-        """Raises ValueError for a request that could never run to its end."""
+    @property
+    def max_running(self) -> int:
+        """Sequences that can run at once: each has a row, and a token of every step."""
+        return min(self.max_num_seqs, self.max_num_batched_tokens)
+
+    def check_lengths(self, num_prompt: int, max_tokens: int | None, *, num_beams: int = 1) -> None:
+        """Raises ValueError for a request that could never run to its end.
+
+        Its `num_beams` sequences wait for one another, so there must be room for all at once.
+        """
         if num_prompt == 0:
             raise ValueError("the prompt must have at least one token, got none")
         if num_prompt >= self.max_model_len:
@@ -59,12 +67,18 @@ class EngineConfig:
         longest = self.max_model_len
         if max_tokens is not None:
             longest = min(num_prompt + max_tokens, longest)
-        num_needed, num_there = self.blocks_for(longest), self.num_blocks - 1
-        if num_needed > num_there:
+        if num_beams > self.max_running:
             raise ValueError(
-                f"{num_prompt} prompt tokens and max_tokens={max_tokens} may need {num_needed} "
-                f"blocks of {self.block_size} tokens and the pool has {num_there}, so the "
-                "request can never fit; lower max_tokens or raise num_blocks"
+                f"beam_width={num_beams} needs as many sequences at once, and max_num_seqs and "
+                f"max_num_batched_tokens allow {self.max_running}; lower beam_width or raise them"
+            )
+        num_needed, num_there = num_beams * self.blocks_for(longest), self.num_blocks - 1
+        if num_needed > num_there:
+            beams = f", {num_beams} beams" if num_beams > 1 else ""
+            raise ValueError(
+                f"{num_prompt} prompt tokens and max_tokens={max_tokens}{beams} may need "
+                f"{num_needed} blocks of {self.block_size} tokens and the pool has {num_there}, "
+                "so the request can never fit; lower max_tokens or raise num_blocks"
             )
 
     def blocks_for(self, num_tokens: int) -> int:

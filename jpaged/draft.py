@@ -31,6 +31,9 @@ class Draft:
     ) -> None:
         """Gives `sequence` some tokens of the step; its blocks hold them already."""
         assert sequence.row is not None, "a row is assigned first"
+        if sequence.is_forked:
+            is_new, new_blocks = True, list(enumerate(sequence.block_ids))
+            sequence.is_forked = False
         start = sequence.num_computed_tokens
         self.num_left -= num_tokens
         row = ScheduledRow(

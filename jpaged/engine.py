@@ -1,8 +1,12 @@
 """The loop: schedule, run, commit; and the way back when a step fails."""
 
+from typing import NamedTuple
+
 import jax
 import numpy as np
 
+from jpaged.beam_sequences import take_candidates
+from jpaged.beams import Candidates
 from jpaged.errors import EngineFailedError
 from jpaged.outputs import Logprob
 from jpaged.plan import StepPlan
@@ -41,8 +45,10 @@ class Engine:
             plan = self.scheduler.schedule()
             if plan is not None:
                 out = self.runner.run(plan, _outputs_for(plan))
-                tokens, logprobs = fetch(out, plan, self.tokenizer)
-                ended += self.scheduler.commit(plan, tokens, logprobs)
+                fetched = fetch(out, plan, self.tokenizer)
+                ended += self.scheduler.commit(plan, fetched.tokens, fetched.logprobs)
+                for request in take_candidates(plan, fetched.candidates):
+                    ended += self.scheduler.advance(request)
             self._unsettled = False
         except BaseException as error:
             ended += self._recover()
@@ -82,20 +88,33 @@ class Engine:
         return self.scheduler.fail(hopeless, failure)
 
 
-def fetch(
-    out: StepOutput, plan: StepPlan, tokenizer: Tokenizer | None
-) -> tuple[list[int], list[dict[int, Logprob] | None] | None]:
+class Fetched(NamedTuple):
+    """A step's results, an entry for each row of its plan; those of a row may be None."""
+
+    tokens: list[int]
+    logprobs: list[dict[int, Logprob] | None] | None = None
+    candidates: list[Candidates | None] | None = None
+
+
+def fetch(out: StepOutput, plan: StepPlan, tokenizer: Tokenizer | None) -> Fetched:
     """The step's results on the host: the one place that waits for the device."""
-    num_rows = len(plan.rows)
-    tokens = np.asarray(out.tokens)[:num_rows].tolist()
+    tokens = np.asarray(out.tokens)[: len(plan.rows)].tolist()
     if out.logprobs is None:
-        return tokens, None
-    logprobs = TopLogprobs(*jax.device_get(out.logprobs))
-    return tokens, [_row_logprobs(plan, i, tokens[i], logprobs, tokenizer) for i in range(num_rows)]
+        return Fetched(tokens)
+    top = TopLogprobs(*jax.device_get(out.logprobs))
+    rows = range(len(plan.rows))
+    return Fetched(
+        tokens,
+        [_row_logprobs(plan, i, tokens[i], top, tokenizer) for i in rows],
+        [_row_candidates(plan, i, top) for i in rows],
+    )
 
 
 def _outputs_for(plan: StepPlan) -> Outputs:
-    wants_logprobs = any(row.sequence.request.params.logprobs is not None for row in plan.rows)
+    requests = [row.sequence.request for row in plan.rows if row.samples]
+    if any(request.search is not None for request in requests):
+        return Outputs.BEAMS
+    wants_logprobs = any(request.params.num_logprobs is not None for request in requests)
     return Outputs.LOGPROBS if wants_logprobs else Outputs.TOKENS
 
 
@@ -103,7 +122,7 @@ def _row_logprobs(
     plan: StepPlan, i: int, token: int, logprobs: TopLogprobs, tokenizer: Tokenizer | None
 ) -> dict[int, Logprob] | None:
     """The sampled token's entry first, then the likeliest, as many as the request asked for."""
-    wanted = plan.rows[i].sequence.request.params.logprobs
+    wanted = plan.rows[i].sequence.request.params.num_logprobs
     if wanted is None:
         return None
     entries = {token: (float(logprobs.sampled[i]), int(logprobs.rank[i]))}
@@ -115,3 +134,13 @@ def _row_logprobs(
         return tokenizer.decode([token_id], skip_special_tokens=False) if tokenizer else None
 
     return {t: Logprob(value, rank, text(t)) for t, (value, rank) in entries.items()}
+
+
+def _row_candidates(plan: StepPlan, i: int, logprobs: TopLogprobs) -> Candidates | None:
+    """As many of the likeliest tokens as the row's search looks at."""
+    search = plan.rows[i].sequence.request.search
+    if search is None or not plan.rows[i].samples:
+        return None
+    top = slice(search.num_candidates)
+    ids, values = logprobs.top_ids[i, top].tolist(), logprobs.top[i, top].tolist()
+    return list(zip(ids, values, strict=True))

@@ -3,7 +3,7 @@
 import collections
 
 from jpaged.blocks import NULL_BLOCK
-from jpaged.plan import StepPlan
+from jpaged.plan import ScheduledRow, StepPlan
 from jpaged.prefix_cache import chain_digests, root_digest
 from jpaged.requests import MAX_OVERTAKEN
 from jpaged.scheduler import Scheduler
@@ -19,6 +19,7 @@ def check(scheduler: Scheduler, plan: StepPlan | None = None) -> None:
     _check_rows(scheduler)
     _check_blocks(scheduler)
     _check_contents(scheduler)
+    _check_beams(scheduler)
     _check_tables(scheduler, plan)
     _check_order(scheduler, plan)
     _check_swapped(scheduler)
@@ -83,8 +84,8 @@ def _check_tables(scheduler: Scheduler, plan: StepPlan | None) -> None:
             f"5: {num_tokens} tokens need {expected} blocks, the table has {sequence.block_ids}",
         )
         _require(
-            sequence.num_computed_tokens < sequence.num_tokens,
-            "6: a running sequence has no token left to compute",
+            (sequence.num_computed_tokens < sequence.num_tokens) == (sequence.candidates is None),
+            "6: a running sequence has no token left to compute, or a beam that has is waited for",
         )
 
 
@@ -110,10 +111,16 @@ def _check_order(scheduler: Scheduler, plan: StepPlan | None) -> None:
             f"14: one that stands before {row.sequence.order} was preempted in its stead",
         )
         _require(
-            not (row.is_new and row.forked is None and scheduler.waiting)
+            not (_is_start(row) and scheduler.waiting)
             or row.sequence.request.priority <= scheduler.waiting.best_priority,
             f"14: one of a better priority than {row.sequence.order} waits while that starts",
         )
+
+
+def _is_start(row: ScheduledRow) -> bool:
+    """Whether the row's sequence waited before; of a beam that was forked one cannot tell."""
+    is_beam = row.sequence.request.search is not None and row.sequence.num_output_tokens > 0
+    return row.is_new and row.forked is None and not is_beam
 
 
 def _check_plan(scheduler: Scheduler, plan: StepPlan) -> None:
@@ -136,7 +143,8 @@ def _check_plan(scheduler: Scheduler, plan: StepPlan) -> None:
     _require(plan.num_decodes == lengths.count(1), f"6: num_decodes is {plan.num_decodes}")
     _require(set(lengths[: plan.num_decodes]) <= {1}, f"6: rows out of order: {lengths}")
     planned = {row.sequence for row in plan.rows}
-    _require(planned.issuperset(scheduler.running), "6: a running sequence gets no token")
+    unpaused = [sequence for sequence in scheduler.running if sequence.candidates is None]
+    _require(planned.issuperset(unpaused), "6: a running sequence gets no token")
     for row in plan.rows:
         sequence = row.sequence
         if sequence.finished:  # aborted since
@@ -161,6 +169,10 @@ def _check_writes(scheduler: Scheduler, plan: StepPlan) -> None:
         if not row.is_new and not row.sequence.finished
         for block in row.sequence.block_ids
     )
+    planned = {row.sequence for row in plan.rows}
+    for sequence in scheduler.running:
+        if sequence not in planned:
+            old_holders.update(sequence.block_ids)
     for row in plan.rows:
         sequence = row.sequence
         if not row.num_tokens or sequence.finished:
@@ -234,6 +246,24 @@ def _check_sequences(scheduler: Scheduler) -> None:
                 ),
                 f"8: a sequence of {name!r} holds something and does not run: {sequence}",
             )
+
+
+def _check_beams(scheduler: Scheduler) -> None:
+    """The sequences of a search are its live beams, and not all of them wait for one another."""
+    for name, request in scheduler.requests.items():
+        search = request.search
+        if search is None:
+            continue
+        for sequence, beam in zip(request.sequences, search.live, strict=False):
+            _require(
+                sequence.output_token_ids == beam.token_ids,
+                f"15: a sequence of {name!r} is not its beam: {sequence}",
+            )
+        live = request.sequences[: len(search.live)]
+        _require(
+            any(sequence.candidates is None and not sequence.finished for sequence in live),
+            f"15: all beams of {name!r} wait for one another",
+        )
 
 
 def _check_drained(scheduler: Scheduler) -> None:

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Self
 
+from jpaged.beams import BeamSearchParams
 from jpaged.config import DEFAULT_MAX_WAITING
 from jpaged.desk import Desk
 from jpaged.engine import Engine
@@ -19,6 +20,7 @@ from jpaged.params import SamplingParams, checked_flag, checked_text
 from jpaged.prompts import (
     Prompt,
     RequestMaker,
+    as_beam_params,
     as_params,
     as_priorities,
     as_prompts,
@@ -159,6 +161,26 @@ class LLM:
             requests.append(self._maker.make_tokenized(token_ids, one, text, its_priority))
         return self._desk.run(requests, use_tqdm=use_tqdm)
 
+    def beam_search(
+        self,
+        prompts: Prompt | SequenceOf[Prompt],
+        params: BeamSearchParams | SequenceOf[BeamSearchParams],
+        *,
+        use_tqdm: bool = True,
+        priority: int | SequenceOf[int] | None = None,
+    ) -> list[RequestOutput]:
+        """What beam search finds for all prompts, in their order; each one's `outputs` best first.
+
+        The same as Transformers' `generate(num_beams=...)`. Errors and `priority` as in `generate`.
+        """
+        checked_flag("use_tqdm", use_tqdm)
+        each = as_prompts(prompts)
+        every = as_beam_params(params, len(each)), as_priorities(priority, len(each))
+        longest = self.engine.scheduler.config.max_model_len
+        make = self._maker.make_beams
+        requests = [make(*one, max_model_len=longest) for one in zip(each, *every, strict=True)]
+        return self._desk.run(requests, use_tqdm=use_tqdm)
+
     def stream(
         self,
         prompt: Prompt,
@@ -168,6 +190,11 @@ class LLM:
     ) -> Iterator[RequestOutput]:
         """The answer as it grows: each output holds only what is new. Closing it aborts."""
         request = self._make(prompt, sampling_params, priority)
+        if request.params.ranks:
+            raise ValueError(
+                f"best_of={request.params.best_of} is decided when all have ended, so there is "
+                "nothing to stream; call generate, or leave best_of out"
+            )
         self._desk.validate(request)
         return self._desk.stream(request)
 

@@ -29,6 +29,7 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None
     finish_reason: str | None
     stop_reason: int | str | None
+    score: float | None = None  # of a beam: cumulative_logprob / len(token_ids) ** length_penalty
 
     @property
     def finished(self) -> bool:
@@ -37,10 +38,11 @@ class CompletionOutput:
 
     def __repr__(self) -> str:
         reason = "" if self.stop_reason is None else f", stop_reason={self.stop_reason!r}"
+        score = "" if self.score is None else f", score={self.score:.4f}"
         return (
             f"CompletionOutput(index={self.index}, text={self.text!r}, "
             f"token_ids=<{len(self.token_ids)} tokens>, finish_reason={self.finish_reason!r}"
-            f"{reason})"
+            f"{reason}{score})"
         )
 
 
@@ -76,7 +78,7 @@ def request_output(request: "Request") -> RequestOutput:
         request_id=request.request_id,
         prompt=request.prompt,
         prompt_token_ids=list(request.prompt_token_ids),
-        outputs=[_completion_output(sequence) for sequence in request.sequences],
+        outputs=[_completion_output(sequence) for sequence in request.returned],
         finished=request.finished,
     )
 
@@ -100,15 +102,17 @@ def _completion_delta(new: CompletionOutput, old: CompletionOutput) -> Completio
 
 
 def _completion_output(sequence: "Sequence") -> CompletionOutput:
-    wants_logprobs = sequence.request.params.logprobs is not None
+    params, found = sequence.request.params, sequence.hypothesis
+    total = None if params.num_logprobs is None else sequence.cumulative_logprob
     return CompletionOutput(
         index=sequence.index,
         text=sequence.text,
         token_ids=sequence.output_token_ids,
-        cumulative_logprob=sequence.cumulative_logprob if wants_logprobs else None,
-        logprobs=list(sequence.logprobs) if wants_logprobs else None,
+        cumulative_logprob=total if found is None else found.beam.logprob,
+        logprobs=None if params.logprobs is None else list(sequence.logprobs),
         finish_reason=sequence.finish_reason,
         stop_reason=sequence.stop_reason,
+        score=None if found is None else found.score,
     )
 
 

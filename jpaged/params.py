@@ -24,6 +24,9 @@ class SamplingParams:
     cached prefixes only where their `cache_salt` is the same, so that nobody can learn from the
     time of an answer what others asked.
 
+    With `best_of`, so many sequences are drawn, and of these the `n` whose tokens have the highest
+    cumulative log-probability are the answer, best first.
+
     What bends the logits, greedy or not, before temperature (definitions in `jpaged.shaping`):
     `presence_penalty` and `frequency_penalty` over the generated tokens, `repetition_penalty` over
     prompt and generated ones, `logit_bias` by token id, `allowed_token_ids` instead of the whole
@@ -31,6 +34,7 @@ class SamplingParams:
     """
 
     n: int = 1
+    best_of: int | None = None
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -75,6 +79,8 @@ class SamplingParams:
             "stop_token_ids": checked_token_ids("stop_token_ids", _or_empty(self.stop_token_ids)),
             "min_tokens": checked_int("min_tokens", self.min_tokens, least=0, most=MAX_TOKENS),
         }
+        if self.best_of is not None:
+            checked["best_of"] = checked_int("best_of", self.best_of, least=1, most=MAX_SEQUENCES)
         if self.seed is not None:
             checked["seed"] = checked_seed(self.seed)
         if self.max_tokens is not None:
@@ -89,6 +95,21 @@ class SamplingParams:
         for name, value in checked.items():
             object.__setattr__(self, name, value)
         self._check_together()
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that are generated, of which `n` are returned."""
+        return self.best_of or self.n
+
+    @property
+    def ranks(self) -> bool:
+        """Whether some of the sequences are left out, the least likely ones."""
+        return self.num_sequences > self.n
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Log-probabilities that a token needs beside its own; None where not even that one."""
+        return 0 if self.logprobs is None and self.ranks else self.logprobs
 
     @property
     def greedy(self) -> bool:
@@ -110,6 +131,13 @@ class SamplingParams:
         if self.top_p == 0.0:
             raise ValueError(
                 "top_p must be above 0 and at most 1, got 0; for greedy set temperature=0"
+            )
+        if self.best_of is not None and self.best_of < self.n:
+            raise ValueError(f"best_of must be at least n, got {self.best_of} < {self.n}")
+        if self.ranks and self.greedy:
+            raise ValueError(
+                f"best_of={self.best_of} draws sequences to choose from, and at temperature=0 they "
+                "would all be the same; raise temperature, or leave best_of out"
             )
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(

@@ -41,13 +41,14 @@ class Planner:
         self.waiting = WaitingQueue()
         self.swapping = Swapping(config.num_swap_blocks)
         self._admission = Admission(config, self.pool, self.waiting)
-        self._most_running = min(config.max_num_seqs, config.max_num_batched_tokens)
 
     def plan(self) -> StepPlan:
         """The next step, and all that it takes given out; somebody runs or waits."""
         draft = Draft(self.config.max_num_batched_tokens)
         self._continue_running(draft)
         self._admit_waiting(draft)
+        if not draft.rows:
+            self._admit_beam(draft)
         plan = draft.plan()
         assert plan.rows, "the first sequence can always run: it fits the pool alone"
         self._count_held(plan)
@@ -78,6 +79,8 @@ class Planner:
                 continue
             start = sequence.num_computed_tokens
             num_tokens = sequence.num_tokens - start
+            if not num_tokens:  # a beam that waits for the others of its search
+                continue
             if num_tokens > 1:
                 self._admit_waiting(draft, before=sequence)
                 num_tokens = min(num_tokens, 1 + self._num_spare(draft))
@@ -122,7 +125,7 @@ class Planner:
         if draft.preempted:
             return
         self._fork_waiting(draft)
-        while self.waiting and len(self.running) < self._most_running:
+        while self.waiting and len(self.running) < self.config.max_running:
             if before is not None and self.waiting.best_priority >= before.request.priority:
                 return
             num_free = self._num_free_to_start
@@ -133,6 +136,18 @@ class Planner:
                 return
             self._start(*found, draft)
             self._fork_waiting(draft)
+
+    def _admit_beam(self, draft: Draft) -> None:
+        """Starts a sequence when all that run are beams, which wait for some that found no room.
+
+        The last of those that run make room for it. The beams of the first search in order are
+        waited for by themselves alone, and fit the pool: so they all get their turn.
+        """
+        while len(self.running) == self.config.max_running or (
+            (found := self._admission.next(self.pool.num_free)) is None
+        ):
+            self._preempt_last(draft)
+        self._start(*found, draft)
 
     @property
     def _num_free_to_start(self) -> int:
@@ -174,7 +189,7 @@ class Planner:
         leads, draft.leads = draft.leads, []
         for lead in leads:
             for sequence in lead.sequence.request.sequences:
-                if len(self.running) >= self._most_running or self._num_free_to_start < 0:
+                if len(self.running) >= self.config.max_running or self._num_free_to_start < 0:
                     return
                 is_waiting = sequence.row is None and not sequence.finished
                 if is_waiting and not sequence.num_output_tokens:
@@ -210,5 +225,11 @@ class Planner:
     def _count_held(self, plan: StepPlan) -> None:
         size = self.config.block_size
         tables = [(row.sequence.block_ids, row.seq_len) for row in plan.rows]
+        if len(tables) < len(self.running):
+            paused = [s for s in self.running if s.candidates is not None]
+            tables += [(s.block_ids, s.num_computed_tokens) for s in paused]
         held = num_filled_slots(self.pool, tables, size)
-        self.counters.add_step(plan, self.pool, tokens_held=held, block_size=size)
+        in_tables = sum(len(block_ids) for block_ids, _ in tables)
+        self.counters.add_step(
+            plan, self.pool, tokens_held=held, table_blocks=in_tables, block_size=size
+        )

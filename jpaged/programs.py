@@ -11,6 +11,7 @@ class Outputs(enum.Enum):
 
     TOKENS = "tokens"
     LOGPROBS = "logprobs"
+    BEAMS = "beams"  # log-probabilities of as many tokens as a beam has candidates
     LOGITS = "logits"  # of every token, for tests: [T, V]
 
 

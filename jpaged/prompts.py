@@ -5,18 +5,20 @@ import itertools
 import numbers
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from jpaged.bad_words import WordIds, most_forbidden, word_ids
 from jpaged.batch import MAX_STOP_IDS, stop_ids
+from jpaged.beams import MAX_CANDIDATES, BeamSearchParams, start_search
 from jpaged.params import SamplingParams, checked_int, checked_text
 from jpaged.requests import Request
 from jpaged.shape_batch import MAX_FORBIDDEN
 from jpaged_models import ModelConfig, Tokenizer
 
 Prompt = str | SequenceOf[int] | np.ndarray
+_Params = TypeVar("_Params", SamplingParams, BeamSearchParams)
 
 
 class RequestMaker:
@@ -61,6 +63,25 @@ class RequestMaker:
             priority=priority,
             bad_word_ids=words,
         )
+
+    def make_beams(
+        self, prompt: Prompt, params: BeamSearchParams, priority: int = 0, *, max_model_len: int
+    ) -> Request:
+        """A request whose answers a beam search finds."""
+        request = self.make(prompt, params.sampling_params, priority)
+        request.search = search = start_search(
+            params,
+            num_prompt_tokens=len(request.prompt_token_ids),
+            max_model_len=max_model_len,
+            eos_token_ids=self.model.eos_token_ids,
+        )
+        most = min(MAX_CANDIDATES, self.model.vocab_size)
+        if search.num_candidates > most:
+            raise ValueError(
+                f"beam_width={params.beam_width} and {len(search.end_ids)} token ids that end a "
+                f"sequence are {search.num_candidates} together, and may be {most}; lower either"
+            )
+        return request
 
     def complete(self, request: Request, is_taken: Callable[[str], bool]) -> None:
         """Draws what the request's caller left out: an id that no other has, a seed.
@@ -155,16 +176,16 @@ def as_params(
     """One `SamplingParams` for each of `count` prompts."""
     if params is None or isinstance(params, SamplingParams):
         return [one_params(params)] * count
-    if not _is_sequence(params) or isinstance(params, str):
-        raise TypeError(
-            f"expected SamplingParams, a list of them or None, got {type(params).__name__}"
-        )
-    for one in params:
-        if not isinstance(one, SamplingParams):
-            raise TypeError(f"expected SamplingParams for each prompt, got {type(one).__name__}")
-    if len(params) != count:
-        raise ValueError(f"got {count} prompts and {len(params)} SamplingParams; give one for each")
-    return list(params)
+    return _one_each(params, count, SamplingParams, "SamplingParams, a list of them or None")
+
+
+def as_beam_params(
+    params: BeamSearchParams | SequenceOf[BeamSearchParams], count: int
+) -> list[BeamSearchParams]:
+    """One `BeamSearchParams` for each of `count` prompts."""
+    if isinstance(params, BeamSearchParams):
+        return [params] * count
+    return _one_each(params, count, BeamSearchParams, "BeamSearchParams or a list of them")
 
 
 def one_params(params: SamplingParams | None) -> SamplingParams:
@@ -191,6 +212,19 @@ def as_priorities(priority: int | SequenceOf[int] | None, count: int) -> list[in
 def checked_priority(priority: object) -> int:
     """`priority` as an int, or an error that says what it is."""
     return checked_int("priority", priority, least=-(2**63), most=2**63 - 1)
+
+
+def _one_each(params: Any, count: int, kind: type[_Params], expected: str) -> list[_Params]:
+    if not _is_sequence(params) or isinstance(params, str):
+        raise TypeError(f"expected {expected}, got {type(params).__name__}")
+    for one in params:
+        if not isinstance(one, kind):
+            raise TypeError(f"expected {kind.__name__} for each prompt, got {type(one).__name__}")
+    if len(params) != count:
+        raise ValueError(
+            f"got {count} prompts and {len(params)} {kind.__name__}; give one for each"
+        )
+    return list(params)
 
 
 def _is_sequence(value: Any) -> bool:

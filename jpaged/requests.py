@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from jpaged.beams import BeamSearch, Candidates, Hypothesis
 from jpaged.detokenize import Detokenizer
 from jpaged.outputs import Logprob
 from jpaged.params import SamplingParams
@@ -13,12 +14,15 @@ MAX_OVERTAKEN = 8  # times: what a prefix that is in the cache may cost those wh
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Request:
-    """One prompt with its parameters; makes its `params.n` sequences itself.
+    """One prompt with its parameters; makes its sequences itself.
 
     `seed` is the caller's or a drawn one, so that the noise depends on nothing else that runs; it
     and an empty `request_id` are drawn when the request is accepted (`RequestMaker.complete`).
     A lower `priority` runs first. `arrival` is set by `Scheduler.add`, and orders those of one
     priority. `bad_word_ids` are the parameters' `bad_words` as token ids.
+
+    With a `search`, the sequences are its live beams, place by place, and once it is over the best
+    that it found. It alone says what was generated; the sequences follow it, and can be made anew.
     """
 
     request_id: str
@@ -28,6 +32,7 @@ class Request:
     seed: int
     priority: int = 0
     bad_word_ids: tuple[tuple[int, ...], ...] = ()
+    search: BeamSearch | None = None
     arrival: int = -1
     sequences: "list[Sequence]" = dataclasses.field(default_factory=list, repr=False)
     num_failures: int = 0
@@ -35,22 +40,39 @@ class Request:
 
     def __post_init__(self) -> None:
         if not self.sequences:
-            self.sequences = [Sequence(self, index) for index in range(self.params.n)]
+            self.sequences = [Sequence(self, index) for index in range(self.params.num_sequences)]
 
     @property
     def finished(self) -> bool:
         """Whether every sequence has ended."""
         return all(sequence.finished for sequence in self.sequences)
 
+    @property
+    def num_together(self) -> int:
+        """Sequences that wait for one another, so that all must fit at once."""
+        return 1 if self.search is None else len(self.sequences)
+
+    @property
+    def returned(self) -> "list[Sequence]":
+        """The sequences that the caller gets: with `best_of`, the likeliest ones."""
+        if self.search is None:
+            if not self.params.ranks:
+                return self.sequences
+            ranked = sorted(self.sequences, key=lambda s: s.cumulative_logprob, reverse=True)
+            return ranked[: self.params.n]
+        return self.sequences[: self.search.params.num_returned]
+
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Sequence:
     """One token stream of a request.
 
-    `token_ids` is the prompt and then what was generated, and only ever grows. `row`, `block_ids`,
-    `num_computed_tokens` and `last_token_on_device` say what the device holds of it; they can all
-    be thrown away and computed again from `token_ids`. While it waits, `patience` says how often
-    it may still be overtaken, and `num_hit_blocks` how much of its prefix the cache had last.
+    `token_ids` is the prompt and then what was generated, and only ever grows, but where a beam
+    gives way to another. `row`, `block_ids`, `num_computed_tokens`, `last_token_on_device` and
+    `is_forked` say what the device holds of it; they can all be thrown away and computed again from
+    `token_ids`. While it waits, `patience` says how often it may still be overtaken, and
+    `num_hit_blocks` how much of its prefix the cache had last. A beam that has `candidates` waits,
+    with all that it holds, for the others of its search.
     """
 
     request: Request = dataclasses.field(repr=False)
@@ -60,12 +82,15 @@ class Sequence:
     block_ids: list[int] = dataclasses.field(default_factory=list)
     row: int | None = None
     last_token_on_device: bool = False
+    is_forked: bool = False  # the device does not know yet that the row has another's table
+    candidates: Candidates | None = dataclasses.field(default=None, repr=False)
     patience: int = MAX_OVERTAKEN
     num_hit_blocks: int = 0
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     logprobs: list[dict[int, Logprob]] = dataclasses.field(default_factory=list, repr=False)
     cumulative_logprob: float = 0.0
+    hypothesis: Hypothesis | None = dataclasses.field(default=None, repr=False)  # it became one
     detokenizer: Detokenizer | None = dataclasses.field(default=None, repr=False)
     digests: list[bytes] = dataclasses.field(default_factory=list, repr=False)  # of full blocks
 
@@ -81,6 +106,8 @@ class Sequence:
         self.block_ids = []
         self.row = None
         self.last_token_on_device = False
+        self.is_forked = False
+        self.candidates = None
 
     @property
     def order(self) -> tuple[int, int, int]:

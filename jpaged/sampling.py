@@ -14,7 +14,6 @@ from jaxtyping import Array, Float, Int32
 
 from jpaged.state import SamplingRows
 
-MAX_LOGPROBS = 20
 FORBIDDEN = -1e30  # finite: with -inf, a row that has nothing left becomes NaN
 _CHUNK = 128
 
@@ -65,12 +64,14 @@ def argmax(x: Float[Array, "B V"]) -> Int32[Array, " B"]:
     return (best * _CHUNK + jnp.argmax(chunk, axis=-1)).astype(jnp.int32)
 
 
-def top_logprobs(logits: Float[Array, "B V"], tokens: Int32[Array, " B"]) -> TopLogprobs:
-    """The sampled token's log-probability and rank, and the likeliest MAX_LOGPROBS tokens."""
+def top_logprobs(
+    logits: Float[Array, "B V"], tokens: Int32[Array, " B"], *, num_top: int
+) -> TopLogprobs:
+    """The sampled token's log-probability and rank, and the `num_top` likeliest tokens."""
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     sampled = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)
     rank = 1 + jnp.sum(logprobs > sampled, axis=-1, dtype=jnp.int32)
-    top, top_ids = jax.lax.top_k(logprobs, min(MAX_LOGPROBS, logits.shape[-1]))
+    top, top_ids = jax.lax.top_k(logprobs, min(num_top, logits.shape[-1]))
     return TopLogprobs(sampled[:, 0], rank, top, top_ids.astype(jnp.int32))
 
 

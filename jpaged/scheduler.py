@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 
+from jpaged import beam_sequences
 from jpaged.blocks import BlockPool
 from jpaged.config import EngineConfig
 from jpaged.errors import QueueFullError
@@ -101,7 +102,11 @@ class Scheduler:
         """Raises ValueError for a request that could never run to its end."""
         if request.request_id in self.requests:
             raise ValueError(f"request_id {request.request_id!r} is in use by a running request")
-        self.config.check_lengths(len(request.prompt_token_ids), request.params.max_tokens)
+        self.config.check_lengths(
+            len(request.prompt_token_ids),
+            request.params.max_tokens,
+            num_beams=request.num_together,
+        )
 
     def schedule(self) -> StepPlan | None:
         """Plans the next step, or returns None when there is nothing to do."""
@@ -137,7 +142,7 @@ class Scheduler:
             if sequence.finished:
                 continue
             sequence.num_computed_tokens = row.seq_len
-            if row.samples:
+            if row.samples and sequence.request.search is None:  # else `advance` brings tokens
                 self._take(sequence, int(token_ids[index]), logprobs[index] if logprobs else None)
                 changed.append(sequence)
         self.pool.cache.settle()
@@ -146,6 +151,22 @@ class Scheduler:
         self._plan = None
         self._torn = False
         return changed
+
+    def advance(self, request: Request) -> list[Sequence]:
+        """Takes a search one token on whose live beams all have candidates; what ended with it.
+
+        That is nothing, or all sequences of the request.
+        """
+        assert not self._torn, "a call was cut short since: recover() comes first"
+        self._torn = True
+        self.counters.generated_tokens += beam_sequences.advance(request)
+        beam_sequences.follow(request, self.pool)
+        ended = [sequence for sequence in request.sequences if sequence.hypothesis is not None]
+        for sequence in ended:
+            settle(sequence, self.config.max_model_len, self.eos_token_ids, again=True)
+        self._drop_finished(ended)
+        self._torn = False
+        return ended
 
     def reset_prefix_cache(self) -> bool:
         """Forgets every cached prefix; False, and nothing done, while sequences hold blocks."""
@@ -179,6 +200,8 @@ class Scheduler:
         self._start_over()
         found = []
         for request in list(self.requests.values()):
+            if request.search is not None:
+                beam_sequences.restore(request)
             for sequence in request.sequences:
                 sequence.forget_device()
                 if not sequence.finished:
@@ -217,6 +240,8 @@ class Scheduler:
         self._torn = True
         ended = [s for request in requests for s in request.sequences if not s.finished]
         for sequence in ended:
+            if sequence.request.search is not None:  # beams have no text before they end
+                settle(sequence, self.config.max_model_len, self.eos_token_ids, again=True)
             finish(sequence, reason)
         self._drop_finished(ended)
         self._torn = False

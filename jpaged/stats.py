@@ -34,7 +34,13 @@ class Counters:
     prefill_rows: int = 0  # and those with more
 
     def add_step(
-        self, plan: "StepPlan", pool: "BlockPool", *, tokens_held: int, block_size: int
+        self,
+        plan: "StepPlan",
+        pool: "BlockPool",
+        *,
+        tokens_held: int,
+        table_blocks: int,
+        block_size: int,
     ) -> None:
         """Counts a step when it is planned: what it computes, and what the pool then holds."""
         self.computed_tokens += plan.num_tokens
@@ -47,7 +53,7 @@ class Counters:
         self.peak_blocks = max(self.peak_blocks, pool.num_used)
         self.held_tokens += tokens_held
         self.held_slots += pool.num_used * block_size
-        self.table_blocks += sum(len(row.sequence.block_ids) for row in plan.rows)
+        self.table_blocks += table_blocks
         self.cached_blocks += pool.num_cached
 
 

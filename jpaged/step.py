@@ -15,8 +15,10 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int32
 
 from jpaged.batch import batch_spec, packed_spec, sampling_spec, unpack
+from jpaged.beams import MAX_CANDIDATES
 from jpaged.buckets import Bucket
 from jpaged.config import EngineConfig
+from jpaged.params import MAX_LOGPROBS
 from jpaged.preparation import preparation_spec
 from jpaged.programs import (
     Outputs,
@@ -46,6 +48,7 @@ from pallas_kernels import (
     write_blocks,
 )
 
+_NUM_TOP = {Outputs.LOGPROBS: MAX_LOGPROBS, Outputs.BEAMS: MAX_CANDIDATES}
 _MOVED_IDS = jax.ShapeDtypeStruct((MAX_MOVED,), np.int32)
 
 
@@ -224,9 +227,10 @@ def _output(
     sampled: Int32[Array, " B"],
     outputs: Outputs,
 ) -> StepOutput:
+    num_top = _NUM_TOP.get(outputs)
     return StepOutput(
         sampled,
-        top_logprobs(logits, sampled) if outputs is Outputs.LOGPROBS else None,
+        None if num_top is None else top_logprobs(logits, sampled, num_top=num_top),
         decoder.logits(hidden) if outputs is Outputs.LOGITS else None,
     )
 

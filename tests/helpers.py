@@ -11,6 +11,7 @@ from unittest import mock
 
 import jax
 import numpy as np
+import pytest
 from flax import nnx
 
 from jpaged.bad_words import word_ids
@@ -22,6 +23,7 @@ from jpaged.llm import LLM
 from jpaged.loading import BuiltEngine, engine_for
 from jpaged.params import SamplingParams
 from jpaged.plan import StepPlan
+from jpaged.planner import Planner
 from jpaged.programs import Outputs, Program
 from jpaged.requests import Request
 from jpaged.requests import Sequence as TokenSequence
@@ -191,6 +193,11 @@ def llm_over(engine: Engine, tokenizer: Tokenizer | None = None) -> LLM:
     built = BuiltEngine(engine, "a tiny random model")
     with mock.patch("jpaged.llm.build_engine", return_value=built):
         return LLM(warm_up=False)
+
+
+def start_without_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on sequences start in the last free block, so that some are soon preempted."""
+    monkeypatch.setattr(Planner, "_num_free_to_start", property(lambda self: self.pool.num_free))
 
 
 _request_ids = itertools.count()

@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 
 from benchmarks import blast as blast_module
 from benchmarks import memory
+from benchmarks.beam_saving import save_beams
 from benchmarks.blast import BlastError, blast
 from benchmarks.contiguous import Allocator, Buddies, FirstFit, Slabs, reserve
 from benchmarks.lengths import LAWS, LEVELS, RequestLengths, law_lengths, read_trace
 from benchmarks.moment import replay_moment
 from benchmarks.order import PATIENCE
 from benchmarks.plot import draw
+from benchmarks.questions import QUESTIONS
 from benchmarks.replay import read_prompts, replay
 from benchmarks.saturate import saturate, save
 from benchmarks.scripted import requests_of, run_saturated, scheduler_for
@@ -212,7 +214,7 @@ def test_the_command_ends_with_one_line_of_json(
 ):
     command = (
         "memory --requests 150 --sharing-requests 20 --slabs 5 --parallel 3 --repeats 3 "
-        "--order-requests 40 --load 2"
+        "--beam-requests 4 --beam-widths 3 --order-requests 40 --load 2"
     )
     monkeypatch.setattr(sys, "argv", command.split())
     memory.main()
@@ -222,6 +224,7 @@ def test_the_command_ends_with_one_line_of_json(
         effective = {name: shares["effective"] for name, shares in entry["shares"].items()}
         assert effective["blocks"] > effective["oracle"] > effective["maximum"]
         assert [saving["n"] for saving in entry["sharing"]] == [3]
+        assert [saving["beam_width"] for saving in entry["beams"]] == [3]
     assert report["cost"]["schedule_ms"] > 0
     for order in report["orders"]:
         (one,) = order["loads"]
@@ -238,9 +241,30 @@ def test_the_command_ends_with_one_line_of_json(
     assert [entry["num_blocks"] for entry in hits] == [25, None]
 
 
+def test_beams_over_a_prompt_alone_save_all_of_it_but_once():
+    lengths = [RequestLengths(input_tokens=160, output_tokens=1)] * 5
+    saving = save_beams(lengths, 4, num_slots=3_200, block_size=16, seed=0)
+    assert saving.measured == 1 - 1 / 4
+    assert saving.preemptions == saving.copied_blocks == 0
+
+
+def test_beams_save_more_than_siblings_and_less_than_all_but_one():
+    lengths = law_lengths("sharegpt", 30, seed=0)
+    beams = save_beams(lengths, 3, num_slots=12_000, block_size=16, seed=0)
+    siblings = save(lengths, 3, num_slots=12_000, block_size=16)
+    assert siblings.measured < beams.measured < 1 - 1 / 3
+    assert 1 / 3 < beams.survivors < 1
+
+
+def test_the_questions_for_a_model_are_forty_and_differ():
+    assert len(set(QUESTIONS)) == 40
+
+
 def test_twenty_thousand_random_operations_keep_every_promise():
     counts = blast(20_000, seed=1)
-    for name in ("forks", "preemptions", "failed steps", "aborted in a step", "resets"):
+    for name in ("forks", "searches", "beams that waited", "preemptions", "failed steps"):
+        assert counts[name] > 50, f"{name}: {counts[name]}"
+    for name in ("aborted in a step", "resets"):
         assert counts[name] > 50, f"{name}: {counts[name]}"
     assert counts["hit tokens"] > 5_000
 

@@ -13,6 +13,8 @@ from scipy import stats
 
 from jpaged.batch import MAX_STOP_IDS
 from jpaged.engine import Engine
+from jpaged.outputs import CompletionOutput
+from jpaged.params import SamplingParams
 from jpaged.plan import StepPlan
 from jpaged.programs import Outputs
 from jpaged.requests import Request
@@ -21,6 +23,7 @@ from jpaged.state import SamplingRows
 from jpaged.step import StepOutput
 from tests.helpers import (
     generated,
+    llm_over,
     make_prompt,
     make_request,
     run_to_end,
@@ -309,3 +312,21 @@ def test_logprobs_are_those_of_the_model_before_temperature():
 def test_a_wrong_shape_is_refused():
     with pytest.raises(jaxtyping.TypeCheckError):
         sample(jnp.zeros((3, V)), make_rows(3), jnp.zeros(2, jnp.int32))
+
+
+def test_best_of_returns_the_likeliest_of_the_sequences_that_n_would_return():
+    def answers(**fields: Any) -> list[CompletionOutput]:
+        params = SamplingParams(temperature=1.5, seed=3, max_tokens=9, ignore_eos=True, **fields)
+        (output,) = llm_over(tiny_engine()).generate([make_prompt(11)], params)
+        return output.outputs
+
+    every = answers(n=4, logprobs=0)
+    best = answers(n=2, best_of=4)
+    ranked = sorted(every, key=lambda output: output.cumulative_logprob or 0.0, reverse=True)
+    assert [output.token_ids for output in best] == [output.token_ids for output in ranked[:2]]
+    assert [output.index for output in best] == [output.index for output in ranked[:2]]
+    for found, expected in zip(best, ranked, strict=False):
+        assert found.cumulative_logprob == pytest.approx(expected.cumulative_logprob, abs=1e-3)
+        assert found.logprobs is None
+    with pytest.raises(ValueError, match="nothing to stream"):
+        llm_over(tiny_engine()).stream(make_prompt(3), SamplingParams(best_of=2))

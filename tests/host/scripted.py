@@ -12,6 +12,8 @@ from typing import Any
 import tokenizers
 
 from benchmarks.oracle import WatchedScheduler
+from benchmarks.scripted_beams import advance_beams, make_beam_request, scripted_search
+from jpaged.beams import BeamSearchParams
 from jpaged.config import EngineConfig
 from jpaged.detokenize import Detokenizer
 from jpaged.invariants import check
@@ -22,6 +24,7 @@ from jpaged.scheduler import Scheduler
 
 LETTERS = "abcdefg"  # token i is the i-th letter
 EOS = 6
+MAX_MODEL_LEN = 70  # of make_scheduler
 HOST_CODE = str(Path(sys.modules[Scheduler.__module__].__file__ or "").parent)
 
 
@@ -48,7 +51,7 @@ def make_scheduler(**changes: Any) -> WatchedScheduler:
         "num_blocks": 14,
         "max_num_seqs": 5,
         "max_num_batched_tokens": 11,
-        "max_model_len": 70,
+        "max_model_len": MAX_MODEL_LEN,
     }
     return WatchedScheduler(EngineConfig(**limits | changes), eos_token_ids=[EOS])
 
@@ -66,6 +69,35 @@ def make_request(
         seed=seed,
         priority=priority,
     )
+    attach_detokenizers(request)
+    return request
+
+
+def make_beams(
+    name: str,
+    num_prompt: int,
+    beam_width: int,
+    *,
+    seed: int = 1,
+    priority: int = 0,
+    **params: object,
+) -> Request:
+    """A request for beams: 6 tokens, an end of sequence ends them, unless told otherwise."""
+    given = {"beam_width": beam_width, "max_tokens": 6} | params
+    request = make_beam_request(
+        name,
+        [index % len(LETTERS) for index in range(num_prompt)],
+        BeamSearchParams(**given),  # pyright: ignore[reportArgumentType]
+        seed=seed,
+        max_model_len=MAX_MODEL_LEN,
+        eos_token_ids=[EOS],
+        priority=priority,
+    )
+    attach_detokenizers(request)
+    return request
+
+
+def attach_detokenizers(request: Request) -> None:
     for sequence in request.sequences:
         sequence.detokenizer = Detokenizer(
             TOKENIZER,
@@ -75,7 +107,6 @@ def make_request(
             include_stop_str_in_output=request.params.include_stop_str_in_output,
             min_tokens=request.params.min_tokens,
         )
-    return request
 
 
 def scripted_token(sequence: Sequence, position: int) -> int:
@@ -93,9 +124,15 @@ def step(scheduler: Scheduler) -> StepPlan | None:
     plan = scheduler.schedule()
     if plan is not None:
         check(scheduler, plan)
-        scheduler.commit(plan, scripted_tokens(plan))
+        commit(scheduler, plan)
     check(scheduler)
     return plan
+
+
+def commit(scheduler: Scheduler, plan: StepPlan) -> list[Sequence]:
+    """Takes in the scripted tokens and candidates; the sequences that got a token or ended."""
+    changed = scheduler.commit(plan, scripted_tokens(plan))
+    return changed + advance_beams(scheduler, plan, num_tokens=len(LETTERS))
 
 
 def run_to_end(scheduler: Scheduler, most: int = 2_000) -> int:
@@ -122,6 +159,28 @@ def expected_ending(sequence: Sequence, max_model_len: int) -> tuple[list[int], 
                 return token_ids, text.removesuffix(stop), "stop"
         if len(token_ids) == params.max_tokens or num_prompt + len(token_ids) == max_model_len:
             return token_ids, text, "length"
+
+
+def assert_beams_undisturbed(request: Request) -> None:
+    """Fails unless the request's hypotheses are those of its search alone."""
+    expected = scripted_search(request, num_tokens=len(LETTERS)).finished
+    num_prompt = len(request.prompt_token_ids)
+    for sequence, found in zip(request.sequences, expected, strict=True):
+        token_ids, hypothesis = found.beam.token_ids, sequence.hypothesis
+        assert sequence.output_token_ids == token_ids
+        assert hypothesis is not None
+        assert (hypothesis.score, hypothesis.beam.logprob) == (found.score, found.beam.logprob)
+        ended = token_ids[-1] in request.params.stop_token_ids or (
+            token_ids[-1] == EOS and not request.params.ignore_eos
+        )
+        assert (
+            ended
+            or num_prompt + len(token_ids) == MAX_MODEL_LEN
+            or (request.params.max_tokens == len(token_ids))
+        )
+        assert sequence.finish_reason == ("stop" if ended else "length")
+        text = token_ids[:-1] if ended else token_ids
+        assert sequence.text == "".join(LETTERS[token] for token in text)
 
 
 def assert_undisturbed(sequence: Sequence, max_model_len: int) -> None:

@@ -125,6 +125,7 @@ def test_what_bends_logits_is_stored_in_one_form_too():
         ("bad_words", [[]]),
         ("bad_words", [[3, -1]]),
         ("bad_words", ["a", "\ud800"]),
+        ("best_of", 0),
         ("seed", 2**64),
         ("seed", -(2**63) - 1),
         ("stop", ""),
@@ -153,6 +154,7 @@ TAKEN_KINDS = {  # of `ANY_KIND`, by those fields that take any
     "logit_bias": {"none", "dict"},
     "allowed_token_ids": {"none", "ints"},
     "bad_words": {"none", "text", "texts"},
+    "best_of": {"none"},
     "seed": {"none"},
     "stop": {"none", "text", "texts"},
     "stop_token_ids": {"none", "ints"},
@@ -233,3 +235,14 @@ def test_engine_limits_are_positive_ints(name: str):
         EngineConfig(**LIMITS | {name: 0})  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match=f"{name} must be an int"):
         EngineConfig(**LIMITS | {name: 2.0})  # pyright: ignore[reportArgumentType]
+
+
+def test_best_of_draws_more_than_it_returns():
+    params = SamplingParams(n=2, best_of=5)
+    assert (params.num_sequences, params.ranks, params.num_logprobs) == (5, True, 0)
+    assert SamplingParams(n=2, best_of=2).num_logprobs is None
+    assert SamplingParams(n=2, best_of=5, logprobs=3).num_logprobs == 3
+    with pytest.raises(ValueError, match="best_of must be at least n, got 2 < 3"):
+        SamplingParams(n=3, best_of=2)
+    with pytest.raises(ValueError, match="temperature"):
+        SamplingParams(best_of=2, temperature=0)

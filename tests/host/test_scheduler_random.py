@@ -13,17 +13,19 @@ from jpaged.outputs import Logprob
 from jpaged.requests import Request, Sequence
 from jpaged.scheduler import Scheduler
 from tests.host.scripted import (
+    MAX_MODEL_LEN,
     InjectedError,
+    assert_beams_undisturbed,
     assert_undisturbed,
+    commit,
     interrupt,
+    make_beams,
     make_request,
     make_scheduler,
     run_to_end,
     scripted_tokens,
     step,
 )
-
-MAX_MODEL_LEN = 70  # of make_scheduler
 
 
 class RandomUse(RuleBasedStateMachine):
@@ -52,6 +54,20 @@ class RandomUse(RuleBasedStateMachine):
             min_tokens=min(min_tokens, max_tokens),
             **params,
         )
+        self.scheduler.add(request)
+        self.requests.append(request)
+
+    @rule(
+        num_prompt=st.integers(1, 15),
+        beam_width=st.integers(1, 4),
+        max_tokens=st.integers(1, 9),
+        early_stopping=st.sampled_from([False, True, "never"]),
+        ignore_eos=st.booleans(),
+        priority=st.integers(-1, 1),
+    )
+    def submit_beams(self, num_prompt: int, beam_width: int, **params: Any) -> None:
+        name = str(len(self.requests))
+        request = make_beams(name, num_prompt, beam_width, seed=len(self.requests), **params)
         self.scheduler.add(request)
         self.requests.append(request)
 
@@ -97,7 +113,7 @@ class RandomUse(RuleBasedStateMachine):
         assert plan is not None
         self.scheduler.abort(choice.choice(sorted(self.scheduler.requests)))
         check(self.scheduler, plan)
-        self.scheduler.commit(plan, scripted_tokens(plan))
+        commit(self.scheduler, plan)
 
     @invariant()
     def promises_hold(self) -> None:
@@ -197,12 +213,22 @@ def interrupted_step(scheduler: Scheduler, after: int) -> None:
         with interrupt(after):
             plan = scheduler.schedule()
             if plan is not None:
-                scheduler.commit(plan, scripted_tokens(plan))
+                commit(scheduler, plan)
     except InjectedError:
         pass
 
 
 def random_request(rng: random.Random, name: str) -> Request:
+    if rng.random() < 0.2:
+        return make_beams(
+            name,
+            rng.randrange(1, 14),
+            rng.randrange(1, 5),
+            seed=int(name),
+            max_tokens=rng.randrange(1, 12),
+            ignore_eos=rng.random() < 0.7,
+            priority=rng.choice([0, 0, 0, 1, -1]),
+        )
     return make_request(
         name,
         rng.randrange(1, 50),
@@ -236,6 +262,10 @@ def run_small_scene(scene: tuple[Scheduler, list[Request]]) -> None:
 
 def assert_all_ended_well(requests: list[Request]) -> None:
     for request in requests:
+        aborted = any(sequence.finish_reason == "abort" for sequence in request.sequences)
+        if request.search is not None and not aborted:
+            assert_beams_undisturbed(request)
+            continue
         for sequence in request.sequences:
             assert sequence.finished
             if sequence.finish_reason != "abort":

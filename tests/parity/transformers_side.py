@@ -1,7 +1,7 @@
 """What Transformers makes of the models that the tests run: the other side of every comparison."""
 
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,6 +9,9 @@ import torch  # pyright: ignore[reportMissingImports]
 import transformers  # pyright: ignore[reportMissingImports]
 from transformers.modeling_gguf_pytorch_utils import (  # pyright: ignore[reportMissingImports]
     load_gguf_checkpoint,
+)
+from transformers.modeling_outputs import (  # pyright: ignore[reportMissingImports]
+    CausalLMOutputWithPast,
 )
 
 from tests.models.families import FAMILIES, seeded_tensor
@@ -75,3 +78,76 @@ def all_logits(model: Any, tokens: Sequence[int]) -> np.ndarray:
 
 def versions() -> Mapping[str, str]:
     return {"torch": torch.__version__, "transformers": transformers.__version__}
+
+
+class Beams(NamedTuple):
+    """What a beam search returned, best first."""
+
+    tokens: list[list[int]]  # generated; what ended a beam included, padding not
+    scores: list[float]
+
+
+def beam_search(
+    model: Any,
+    prompt: Sequence[int],
+    *,
+    beam_width: int,
+    max_tokens: int,
+    length_penalty: float,
+    early_stopping: bool | str,
+    end_ids: Sequence[int],
+) -> Beams:
+    """`generate(num_beams=beam_width)`; one beam too, which is else no beam search there."""
+    config = transformers.GenerationConfig(
+        num_beams=beam_width,
+        num_return_sequences=beam_width,
+        max_new_tokens=max_tokens,
+        do_sample=False,
+        length_penalty=length_penalty,
+        early_stopping=early_stopping if beam_width > 1 else False,
+        eos_token_id=list(end_ids) or None,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    with torch.inference_mode():
+        ids = torch.tensor([list(prompt)])
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    rows = out.sequences[:, len(prompt) :].tolist()
+    if beam_width == 1:
+        scores = [step[0] for step in out.scores]
+        steps = zip(rows[0], scores, strict=True)
+        total = sum(float(torch.log_softmax(s, -1)[token]) for token, s in steps)
+        return Beams(rows, [total / len(rows[0]) ** length_penalty])
+    lengths = (out.beam_indices >= 0).sum(dim=1).tolist()
+    tokens = [row[:length] for row, length in zip(rows, lengths, strict=True)]
+    return Beams(tokens, out.sequences_scores.tolist())
+
+
+class _TableConfig(transformers.PretrainedConfig):
+    model_type = "table"
+
+
+class TableModel(transformers.PreTrainedModel, transformers.GenerationMixin):
+    """A made-up language model: `logits(token ids)` says what comes behind them."""
+
+    config_class = _TableConfig
+
+    def __init__(self, logits: Callable[[list[int]], np.ndarray], vocab_size: int) -> None:
+        sizes: dict[str, Any] = {"vocab_size": vocab_size, "num_hidden_layers": 1}
+        super().__init__(_TableConfig(**sizes))
+        self.table = logits
+        self.unused = torch.nn.Parameter(torch.zeros(1))  # has a device, which is asked for
+
+    # Of both, `generate` reads the names, and refuses what none of them takes.
+    def forward(self, input_ids: Any, attention_mask: Any = None, **_: Any) -> Any:  # noqa: ARG002
+        last = np.stack([self.table(row) for row in input_ids.tolist()])
+        logits = torch.from_numpy(last)[:, None, :]
+        return CausalLMOutputWithPast(logits=logits)
+
+    def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any,
+        **kwargs: Any,  # noqa: ARG002
+    ) -> dict[str, Any]:
+        return {"input_ids": input_ids}
