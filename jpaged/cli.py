@@ -271,8 +271,8 @@ def _open_llm(args: argparse.Namespace, *, warm_up: bool) -> "LLM":
     from jpaged.llm import LLM
 
     quiet = getattr(args, "quiet", False)
-    # What loading has to say is no part of the output, which another program may read.
-    with contextlib.redirect_stdout(io.StringIO() if quiet else sys.stderr):
+    # What loading has to say goes to stderr; an error is raised, and told there all the same.
+    with contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext():
         return LLM(**_given(args, _LLM_OPTIONS), warm_up=warm_up, use_tqdm=not quiet)
 
 

@@ -26,14 +26,14 @@ class Desk:
         self.recorder = StepRecorder(engine.scheduler)
         self._maker = maker
         self._requests: dict[str, Request] = {}  # those whose end no caller has taken yet
-        self._outputs: dict[str, RequestOutput] = {}  # news that no caller has taken yet
+        self._news: dict[str, Request] = {}  # those that changed since a caller asked
         self._news_lost = False  # whether a step was interrupted before its news were kept
         self._closed = False
 
     @property
     def has_news(self) -> bool:
         """Whether there is anything that `step` has not told."""
-        return bool(self._outputs) or (self._news_lost and bool(self._requests))
+        return bool(self._news) or (self._news_lost and bool(self._requests))
 
     def validate(self, request: Request) -> None:
         """Raises ValueError for a request that could never run to its end."""
@@ -58,13 +58,13 @@ class Desk:
         with tqdm(total=total, desc="generating", unit="request", disable=not use_tqdm) as bar:
             try:
                 self._add(requests)
-                ids = [request.request_id for request in requests]
+                waited_for = {request.request_id for request in requests}
                 while len(finished) < total:
                     self._advance()
-                    for request_id in [i for i in ids if i in self._outputs]:
-                        output = self._outputs.pop(request_id)
-                        if output.finished:
-                            finished[request_id] = output
+                    for request_id in waited_for & self._news.keys():
+                        request = self._news.pop(request_id)
+                        if request.finished:  # before that, nobody looks at the output
+                            finished[request_id] = request_output(request)
                     bar.update(len(finished) - bar.n)
             finally:
                 self._forget(requests)
@@ -78,8 +78,8 @@ class Desk:
             self._add([request])
             while seen is None or not seen.finished:
                 self._advance()
-                output = self._outputs.pop(request.request_id, None)
-                if output is not None:
+                if self._news.pop(request.request_id, None) is not None:
+                    output = request_output(request)
                     yield output_delta(output, seen)
                     seen = output
         finally:
@@ -98,17 +98,17 @@ class Desk:
     def step(self) -> list[RequestOutput]:
         """Runs one step; what has changed since this was last called, each in full so far."""
         self._advance()
-        news = list(self._outputs.values())
+        news = [request_output(request) for request in self._news.values()]
         for output in news:
             if output.finished:
                 self._requests.pop(output.request_id, None)
-        self._outputs = {}  # last: whoever is interrupted before it hears the news next time
+        self._news = {}  # last: whoever is interrupted before it hears the news next time
         return news
 
     def abort(self, request_id: str) -> None:
         """Ends a request, which is news."""
         for sequence in self.engine.scheduler.abort(request_id):
-            self._outputs[request_id] = request_output(sequence.request)
+            self._news[request_id] = sequence.request
 
     def close(self) -> None:
         """Gives up what still runs and refuses what comes."""
@@ -155,12 +155,10 @@ class Desk:
         """One step; its news are kept until the caller they belong to takes them."""
         self._check_open()
         if self._news_lost:
-            for request_id, request in self._requests.items():
-                self._outputs[request_id] = request_output(request)
+            self._news.update(self._requests)
         self._news_lost = True
         for sequence in self.recorder.run(self.engine.step):
-            request = sequence.request
-            self._outputs[request.request_id] = request_output(request)
+            self._news[sequence.request.request_id] = sequence.request
         self._news_lost = False
 
     def _is_taken(self, request_id: str) -> bool:
@@ -181,7 +179,7 @@ class Desk:
             if scheduler.requests.get(request_id) is request:
                 scheduler.abort(request_id)
             if self._requests.get(request_id) is request:
-                self._outputs.pop(request_id, None)
+                self._news.pop(request_id, None)
                 del self._requests[request_id]
 
     def _check_open(self) -> None:

@@ -7,11 +7,12 @@ from typing import Protocol
 import jax
 
 # The distribution that brings a device's plugin, the extra that installs a matching one, and a
-# file that exists where the device does.
+# pattern of files of which one exists where the device does.
 _PLUGINS = (
-    ("jax-cuda12-plugin", "cuda12", "/dev/nvidiactl"),
-    ("jax-cuda13-plugin", "cuda13", "/dev/nvidiactl"),
-    ("libtpu", "tpu", "/dev/accel0"),
+    ("jax-cuda12-plugin", "cuda12", "dev/nvidiactl"),
+    ("jax-cuda13-plugin", "cuda13", "dev/nvidiactl"),
+    ("libtpu", "tpu", "dev/accel[0-9]*"),
+    ("libtpu", "tpu", "dev/vfio/[0-9]*"),  # v5e and later
 )
 
 
@@ -36,12 +37,13 @@ def first_device() -> Device:
 def _refuse_silent_fallback() -> None:
     """Raises where a GPU or TPU and its plugin are there, and JAX still chose the CPU."""
     jaxlib = importlib.metadata.version("jaxlib")
-    for distribution, extra, device_file in _PLUGINS:
+    for distribution, extra, pattern in _PLUGINS:
         try:
             version = importlib.metadata.version(distribution)
         except importlib.metadata.PackageNotFoundError:
             continue
-        if not pathlib.Path(device_file).exists():
+        device_file = next(pathlib.Path("/").glob(pattern), None)
+        if device_file is None:
             continue
         raise RuntimeError(
             f"{distribution} {version} is installed and {device_file} exists, but JAX (jaxlib "

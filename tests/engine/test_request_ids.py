@@ -37,12 +37,12 @@ def drain(llm: LLM) -> dict[str, RequestOutput]:
         finished |= {output.request_id: output for output in llm.step() if output.finished}
     check(llm.engine.scheduler)
     assert not llm._desk._requests
-    assert not llm._desk._outputs
+    assert not llm._desk._news
     return finished
 
 
 def held(llm: LLM) -> Any:
-    return dict(llm._desk._requests), dict(llm.engine.scheduler.requests), dict(llm._desk._outputs)
+    return dict(llm._desk._requests), dict(llm.engine.scheduler.requests), dict(llm._desk._news)
 
 
 def test_drawn_ids_pass_over_those_that_callers_gave(llm: LLM, answer: list[int]):
