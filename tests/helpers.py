@@ -139,6 +139,14 @@ def tiny_engine(**limits: Any) -> Engine:
     return Engine(Scheduler(config, eos_token_ids=runner.model.eos_token_ids), runner, None)
 
 
+LLM_OPTIONS: dict[str, Any] = {  # of an LLM over the tiny model's directory
+    "block_size": 8,
+    "num_blocks": 41,
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 24,
+    "warm_up": False,
+}
+
 LIMITS: dict[str, Any] = {
     "block_size": 8,
     "num_blocks": 60,

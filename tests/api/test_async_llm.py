@@ -16,21 +16,15 @@ from jpaged.invariants import check
 from jpaged.plan import StepPlan
 from jpaged.programs import Outputs
 from jpaged.step import StepOutput
+from tests.helpers import LLM_OPTIONS
 
 NUM_STREAMS = 200
-OPTIONS: dict[str, Any] = {
-    "block_size": 8,
-    "num_blocks": 41,
-    "max_num_seqs": 8,
-    "max_num_batched_tokens": 24,
-    "warm_up": False,
-}
 
 
 def test_outputs_grow_and_the_last_equals_the_offline_answer(tiny_model_dir: pathlib.Path):
     prompts = ["the lazy dog", [5, 6, 7, 8, 9], "a block"]
     params = SamplingParams(temperature=0.9, seed=11, max_tokens=13, ignore_eos=True)
-    with LLM(tiny_model_dir, **OPTIONS) as llm:
+    with LLM(tiny_model_dir, **LLM_OPTIONS) as llm:
         offline = llm.generate(prompts, params)
 
     async def main(llm: AsyncLLM) -> None:
@@ -205,7 +199,7 @@ def test_streams_of_a_lower_priority_run_first_and_a_full_queue_refuses(
 
     async def main() -> None:
         async with AsyncLLM(
-            tiny_model_dir, **OPTIONS | {"max_num_seqs": 1, "max_waiting": 3}
+            tiny_model_dir, **LLM_OPTIONS | {"max_num_seqs": 1, "max_waiting": 3}
         ) as llm:
 
             async def read(priority: Any) -> None:
@@ -275,7 +269,7 @@ def test_an_engine_that_raises_ends_the_streams_instead_of_hanging(tiny_model_di
 
 def test_closing_while_streams_run_ends_them_with_an_error(tiny_model_dir: pathlib.Path):
     async def main() -> None:
-        llm = AsyncLLM(tiny_model_dir, **OPTIONS)
+        llm = AsyncLLM(tiny_model_dir, **LLM_OPTIONS)
         started = asyncio.Event()
 
         async def read() -> None:
@@ -318,7 +312,7 @@ def test_an_idle_engine_runs_no_steps(tiny_model_dir: pathlib.Path):
 
 
 def test_a_loop_that_ends_without_close_leaves_an_engine_that_stops(tiny_model_dir: pathlib.Path):
-    llm = AsyncLLM(tiny_model_dir, **OPTIONS)
+    llm = AsyncLLM(tiny_model_dir, **LLM_OPTIONS)
 
     async def main() -> None:
         params = SamplingParams(max_tokens=180, ignore_eos=True)
@@ -342,7 +336,7 @@ def run(directory: pathlib.Path, main: Callable[[AsyncLLM], Coroutine[Any, Any, 
     """Runs `main` with an engine over a small pool, and sees the engine gone after it."""
 
     async def with_engine() -> None:
-        async with AsyncLLM(directory, **OPTIONS) as llm:
+        async with AsyncLLM(directory, **LLM_OPTIONS) as llm:
             await main(llm)
 
     asyncio.run(with_engine())

@@ -2,7 +2,6 @@
 
 import asyncio
 import pathlib
-from typing import Any
 
 import pytest
 
@@ -10,14 +9,8 @@ import jpaged
 from jpaged import LLM, AsyncLLM, SamplingParams, Stats
 from jpaged.picture import Picture
 from jpaged.trace import StepRecord
+from tests.helpers import LLM_OPTIONS
 
-OPTIONS: dict[str, Any] = {
-    "block_size": 8,
-    "num_blocks": 41,
-    "max_num_seqs": 8,
-    "max_num_batched_tokens": 24,
-    "warm_up": False,
-}
 PARAMS = SamplingParams(temperature=0, max_tokens=11, ignore_eos=True)
 
 
@@ -36,7 +29,7 @@ def assert_adds_up(steps: list[StepRecord], before: Stats, after: Stats) -> None
 
 
 def test_a_trace_follows_generate_stream_and_step(tiny_model_dir: pathlib.Path):
-    with LLM(tiny_model_dir, **OPTIONS) as llm:
+    with LLM(tiny_model_dir, **LLM_OPTIONS) as llm:
         llm.generate("the fox", PARAMS, use_tqdm=False)
         before = llm.stats()
         with llm.trace() as steps:
@@ -57,7 +50,7 @@ def test_a_trace_follows_generate_stream_and_step(tiny_model_dir: pathlib.Path):
 
 
 def test_a_failing_block_ends_its_trace(tiny_model_dir: pathlib.Path):
-    with LLM(tiny_model_dir, **OPTIONS) as llm:
+    with LLM(tiny_model_dir, **LLM_OPTIONS) as llm:
         with pytest.raises(ZeroDivisionError), llm.trace() as steps:
             _ = 1 / 0
         llm.generate("the fox", PARAMS, use_tqdm=False)
@@ -65,7 +58,7 @@ def test_a_failing_block_ends_its_trace(tiny_model_dir: pathlib.Path):
 
 
 def test_a_picture_between_steps_shows_the_prompt_and_the_answer(tiny_model_dir: pathlib.Path):
-    with LLM(tiny_model_dir, **OPTIONS) as llm:
+    with LLM(tiny_model_dir, **LLM_OPTIONS) as llm:
         stream = llm.stream("the quick brown fox", PARAMS)
         text = "".join(next(stream).text for _ in range(6))
         picture = jpaged.show(llm)
@@ -80,7 +73,7 @@ def test_a_picture_between_steps_shows_the_prompt_and_the_answer(tiny_model_dir:
 
 def test_an_async_engine_is_watched_while_it_runs(tiny_model_dir: pathlib.Path):
     async def main() -> None:
-        async with AsyncLLM(tiny_model_dir, **OPTIONS) as llm:
+        async with AsyncLLM(tiny_model_dir, **LLM_OPTIONS) as llm:
             before = await llm.stats()
 
             async def read(prompt: str) -> list[Picture]:
@@ -100,7 +93,7 @@ def test_an_async_engine_is_watched_while_it_runs(tiny_model_dir: pathlib.Path):
 
 
 def test_an_async_engine_that_is_not_open_has_no_trace(tiny_model_dir: pathlib.Path):
-    llm = AsyncLLM(tiny_model_dir, **OPTIONS)
+    llm = AsyncLLM(tiny_model_dir, **LLM_OPTIONS)
     with pytest.raises(RuntimeError, match="not open"):
         llm.trace()
     asyncio.run(llm.close())

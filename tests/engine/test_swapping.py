@@ -30,9 +30,21 @@ def make(num_swap_blocks: int, num_blocks: int = NUM_BLOCKS) -> Engine:
 def run(engine: Engine, requests: list[Request]) -> None:
     for request in requests:
         engine.scheduler.add(request)
+    run_on(engine)
+
+
+def run_on(engine: Engine) -> None:
     while engine.scheduler.has_work:
         engine.step()
         check(engine.scheduler)
+
+
+def run_until_swapped(engine: Engine, requests: list[Request]) -> None:
+    """Stops at the first step that leaves something in host memory."""
+    for request in requests:
+        engine.scheduler.add(request)
+    while not engine.stats().blocks_swapped:
+        engine.step()
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +79,7 @@ def test_a_failed_step_loses_what_lay_in_host_memory_and_no_text(
     answers: list[list[list[int]]], lost: bool
 ):
     engine, requests = make(40), requests_of()
-    for request in requests:
-        engine.scheduler.add(request)
-    while not engine.stats().blocks_swapped:
-        engine.step()
+    run_until_swapped(engine, requests)
     runner: Any = engine.runner
     step = runner.run
 
@@ -83,18 +92,13 @@ def test_a_failed_step_loses_what_lay_in_host_memory_and_no_text(
     runner.run = fail
     engine.step()
     assert engine.stats().blocks_swapped == 0
-    while engine.scheduler.has_work:
-        engine.step()
-        check(engine.scheduler)
+    run_on(engine)
     assert [generated(request) for request in requests] == answers
 
 
 def test_an_abort_gives_host_memory_back():
-    engine, requests = make(40), requests_of()
-    for request in requests:
-        engine.scheduler.add(request)
-    while not engine.stats().blocks_swapped:
-        engine.step()
+    engine = make(40)
+    run_until_swapped(engine, requests_of())
     for sequence in list(engine.scheduler.swapping.stored):
         engine.scheduler.abort(sequence.request.request_id)
     assert engine.stats().blocks_swapped == 0

@@ -189,6 +189,15 @@ def assert_undisturbed(sequence: Sequence, max_model_len: int) -> None:
     assert (sequence.text, sequence.finish_reason) == (text, reason)
 
 
+def assert_request_undisturbed(request: Request) -> None:
+    """Fails unless everything that answers the request is what it would be alone."""
+    if request.search is not None:
+        assert_beams_undisturbed(request)
+        return
+    for sequence in request.sequences:
+        assert_undisturbed(sequence, MAX_MODEL_LEN)
+
+
 @contextlib.contextmanager
 def interrupt(after: int, error: type[BaseException] = InjectedError) -> Iterator[list[int]]:
     """Raises `error` at one bytecode of jpaged's code; yields the count of those run."""

@@ -14,7 +14,7 @@ from jpaged.stats import collect_stats
 from tests.host.scripted import (
     InjectedError,
     assert_beams_undisturbed,
-    assert_undisturbed,
+    assert_request_undisturbed,
     commit,
     interrupt,
     make_beams,
@@ -250,8 +250,4 @@ def test_candidates_of_sequences_that_were_aborted_in_the_step_go_nowhere():
 
 def assert_all_well(requests: list[Request]) -> None:
     for request in requests:
-        if request.search is not None:
-            assert_beams_undisturbed(request)
-        else:
-            for sequence in request.sequences:
-                assert_undisturbed(sequence, 70)
+        assert_request_undisturbed(request)

@@ -15,7 +15,7 @@ from jpaged.scheduler import Scheduler
 from tests.host.scripted import (
     MAX_MODEL_LEN,
     InjectedError,
-    assert_beams_undisturbed,
+    assert_request_undisturbed,
     assert_undisturbed,
     commit,
     interrupt,
@@ -261,15 +261,15 @@ def run_small_scene(scene: tuple[Scheduler, list[Request]]) -> None:
 
 
 def assert_all_ended_well(requests: list[Request]) -> None:
+    """Whatever was not aborted is as it would be alone."""
     for request in requests:
-        aborted = any(sequence.finish_reason == "abort" for sequence in request.sequences)
-        if request.search is not None and not aborted:
-            assert_beams_undisturbed(request)
+        assert request.finished
+        whole = [sequence for sequence in request.sequences if sequence.finish_reason != "abort"]
+        if len(whole) == len(request.sequences):
+            assert_request_undisturbed(request)
             continue
-        for sequence in request.sequences:
-            assert sequence.finished
-            if sequence.finish_reason != "abort":
-                assert_undisturbed(sequence, MAX_MODEL_LEN)
+        for sequence in whole:  # that ended before its siblings were aborted
+            assert_undisturbed(sequence, MAX_MODEL_LEN)
 
 
 def assert_logprobs_belong(sequence: Sequence) -> None:
