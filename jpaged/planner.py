@@ -86,12 +86,13 @@ class Planner:
                 num_tokens = min(num_tokens, 1 + self._num_spare(draft))
             end = start + num_tokens
             columns = []
-            if num_new_blocks(pool, sequence, end, size):  # of sixteen decodes, one needs a block
+            # Of sixteen decodes, one needs a block.
+            if num_new_blocks(pool, sequence, end, self.config):
                 self._make_room(sequence, end, draft)
                 if sequence.row is None:
                     continue
                 columns = own_tail(pool, sequence, size, draft.copies)
-                columns += grow(pool, sequence, end, size)
+                columns += grow(pool, sequence, end, self.config)
             draft.add(sequence, num_tokens, columns)
             self._register(sequence, start, end)
 
@@ -104,7 +105,7 @@ class Planner:
         # Asked anew each time: whoever gave up may have been the last to share the block that is
         # written next.
         while sequence.row is not None and (
-            num_new_blocks(self.pool, sequence, end, self.config.block_size) > self.pool.num_free
+            num_new_blocks(self.pool, sequence, end, self.config) > self.pool.num_free
         ):
             self._preempt_last(draft)
 
@@ -172,7 +173,7 @@ class Planner:
         self.pool.share(hit.all_ids)  # the block to be copied too, lest it be given out
         sequence.block_ids = list(hit.block_ids)
         sequence.num_computed_tokens = start
-        grow(self.pool, sequence, start + num_tokens, size)
+        grow(self.pool, sequence, start + num_tokens, self.config)
         if hit.copied_id is not None:
             draft.copies.append((hit.copied_id, sequence.block_ids[len(hit.block_ids)]))
             self.pool.free([hit.copied_id])

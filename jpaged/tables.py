@@ -1,13 +1,14 @@
 """Block tables: how one grows, and how a tail that is shared becomes its sequence's own."""
 
 from jpaged.blocks import BlockPool
+from jpaged.config import EngineConfig
 from jpaged.requests import Sequence
 
 
-def num_new_blocks(pool: BlockPool, sequence: Sequence, end: int, block_size: int) -> int:
+def num_new_blocks(pool: BlockPool, sequence: Sequence, end: int, config: EngineConfig) -> int:
     """Blocks to allocate before the sequence can write its tokens before `end`."""
-    grown = -(-end // block_size) - len(sequence.block_ids)
-    return grown + _shares_tail(pool, sequence, block_size)
+    grown = config.blocks_for(end) - len(sequence.block_ids)
+    return grown + _shares_tail(pool, sequence, config.block_size)
 
 
 def own_tail(
@@ -26,10 +27,12 @@ def own_tail(
     return [(len(sequence.block_ids) - 1, block_id)]
 
 
-def grow(pool: BlockPool, sequence: Sequence, end: int, block_size: int) -> list[tuple[int, int]]:
+def grow(
+    pool: BlockPool, sequence: Sequence, end: int, config: EngineConfig
+) -> list[tuple[int, int]]:
     """Allocates what the tokens before `end` need: the (column, block) pairs that are new."""
     num_held = len(sequence.block_ids)
-    new_ids = pool.allocate(-(-end // block_size) - num_held)
+    new_ids = pool.allocate(config.blocks_for(end) - num_held)
     sequence.block_ids += new_ids
     return list(enumerate(new_ids, num_held))
 
