@@ -37,7 +37,7 @@ def generate(
     # Imported here so that `import jpaged` loads no model code.
     from jpaged.llm import LLM
     from jpaged.params import SamplingParams
-    from jpaged.prompts import as_prompts, is_single
+    from jpaged.prompts import as_prompts, check_prompt, is_single
 
     sampling_names = {field.name for field in dataclasses.fields(SamplingParams)}
     engine_names = set(inspect.signature(LLM).parameters) - {"model", "use_tqdm"}
@@ -49,7 +49,8 @@ def generate(
         )
     params = SamplingParams(**{k: v for k, v in options.items() if k in sampling_names})
     engine_options = {k: v for k, v in options.items() if k not in sampling_names}
-    as_prompts(prompts)  # as far as one can tell before a model is loaded
+    for prompt in as_prompts(prompts):
+        check_prompt(prompt)  # as far as one can tell before a model is loaded
     llm = _kept_llm(model, engine_options, use_tqdm=use_tqdm)
     outputs = llm.generate(prompts, params, use_tqdm=use_tqdm)
     return outputs[0] if is_single(prompts) else outputs

@@ -54,8 +54,8 @@ def build_engine(options: Options) -> BuiltEngine:
         limits = dataclasses.replace(limits, num_swap_blocks=num_swap_blocks)
         if options.num_blocks is not None:
             check_room(device, num_blocks=limits.num_blocks, size=size)
+        tokenizer = checkpoint.tokenizer  # before the weights: it may be refused
         decoder = load_decoder(checkpoint, dtype=weights_dtype)
-        tokenizer = _tokenizer(checkpoint)
     engine = engine_for(
         decoder,
         tokenizer,
@@ -133,11 +133,3 @@ def _dtype(name: str, checkpoint: Checkpoint, device: Device) -> DTypeLike:
     if wanted == jnp.bfloat16 and not has_bfloat16:
         return jnp.dtype("float16")
     return wanted
-
-
-def _tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
-    """The checkpoint's tokenizer, or None where it has none: token ids still work."""
-    try:
-        return checkpoint.tokenizer
-    except ValueError:
-        return None

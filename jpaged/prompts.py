@@ -98,9 +98,11 @@ class RequestMaker:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The text's token ids, at least one."""
         if self.tokenizer is None:
-            raise ValueError("this model has no tokenizer; pass token ids instead of text")
-        if not checked_text("a prompt", text):
-            raise ValueError("the prompt is empty; expected text or token ids")
+            raise ValueError(
+                "this model has no tokenizer (no tokenizer.json, or no vocabulary in its GGUF "
+                "file); pass token ids instead of text"
+            )
+        check_prompt(text)
         token_ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         if not token_ids:
             raise ValueError(f"the prompt {text!r} has no tokens; expected at least one")
@@ -132,19 +134,27 @@ class RequestMaker:
     def _token_ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             return self.encode(prompt)
-        if not _is_sequence(prompt):
-            raise TypeError(f"a prompt is text or a list of token ids, got {type(prompt).__name__}")
-        if len(prompt) == 0:
-            raise ValueError("the prompt is empty; expected text or token ids")
-        for token in prompt:
-            if isinstance(token, bool) or not isinstance(token, numbers.Integral):
-                raise TypeError(
-                    f"a prompt is text or a list of token ids, which are integers; got "
-                    f"{token!r:.40} of type {type(token).__name__} in the list"
-                )
+        check_prompt(prompt)
         token_ids = [int(token) for token in prompt]
         self._check_vocabulary("token id", token_ids)
         return token_ids
+
+
+def check_prompt(prompt: Any) -> None:
+    """Raises ValueError or TypeError for what no model takes as a prompt."""
+    if not isinstance(prompt, str) and not _is_sequence(prompt):
+        raise TypeError(f"a prompt is text or a list of token ids, got {type(prompt).__name__}")
+    if len(prompt) == 0:
+        raise ValueError("the prompt is empty; expected text or token ids")
+    if isinstance(prompt, str):
+        checked_text("a prompt", prompt)
+        return
+    for token in prompt:
+        if isinstance(token, bool) or not isinstance(token, numbers.Integral):
+            raise TypeError(
+                f"a prompt is text or a list of token ids, which are integers; got "
+                f"{token!r:.40} of type {type(token).__name__} in the list"
+            )
 
 
 def as_prompts(prompts: Any) -> list[Prompt]:

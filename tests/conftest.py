@@ -37,6 +37,7 @@ def smollm2_decoder(smollm2_checkpoint: Checkpoint) -> Decoder:
 
 @pytest.fixture(scope="session")
 def smollm2_tokenizer(smollm2_checkpoint: Checkpoint) -> Tokenizer:
+    assert smollm2_checkpoint.tokenizer is not None
     return smollm2_checkpoint.tokenizer
 
 

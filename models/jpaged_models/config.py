@@ -119,8 +119,9 @@ def config_from_hf(
             defaults of the architecture's Hugging Face class.
         generation: generation_config.json, whose end-of-sequence ids join the config's.
     """
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown")
+    quantization = _object(raw, "quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "unknown")
         raise ValueError(
             f"this checkpoint is quantised ({method}); load its unquantised weights or a GGUF file"
         )
@@ -274,7 +275,7 @@ def _gpt2_fields(raw: Mapping[str, Any], _architecture: str) -> dict[str, Any]:
 
 def _rope(raw: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScaling | None]:
     """Theta and scaling from `rope_theta`/`rope_scaling`, or from Transformers 5's one dict."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope = _object(raw, "rope_parameters") or _object(raw, "rope_scaling")
     theta = _float(rope, "rope_theta", _float(raw, "rope_theta", 10000.0))
     partial = _float(rope, "partial_rotary_factor", _float(raw, "partial_rotary_factor", 1.0))
     if partial != 1.0:
@@ -302,7 +303,9 @@ def _rope(raw: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScalin
 def _layer_windows(
     raw: Mapping[str, Any], architecture: str, num_layers: int
 ) -> tuple[int | None, ...]:
-    window = raw.get("sliding_window", 4096)  # null means none, absence the classes' default
+    # Null means none, absence the classes' default.
+    is_null = "sliding_window" in raw and raw["sliding_window"] is None
+    window = None if is_null else _int(raw, "sliding_window", 4096)
     if architecture == "LlamaForCausalLM":
         return (None,) * num_layers
     if architecture == "MistralForCausalLM":
@@ -313,18 +316,21 @@ def _layer_windows(
     kinds = raw.get("layer_types") or [
         "sliding_attention" if layer >= first else "full_attention" for layer in range(num_layers)
     ]
-    unknown = set(kinds) - {"sliding_attention", "full_attention"}
-    if unknown:
-        raise ValueError(f"layer_types may be full_attention or sliding_attention, got {unknown}")
+    known = ("full_attention", "sliding_attention")
+    if not isinstance(kinds, list) or any(kind not in known for kind in kinds):
+        raise ValueError(
+            f"config.json: layer_types must be a list of {_listed(known)}, got {kinds}"
+        )
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
 def _eos_token_ids(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:
     """Every id that ends a text, generation_config.json's first, each once."""
     found: list[int] = []
-    for source in (generation.get("eos_token_id"), raw.get("eos_token_id")):
-        ids = source if isinstance(source, list) else [] if source is None else [source]
-        found += [int(token_id) for token_id in ids]
+    for source in (generation, raw):
+        ids = source.get("eos_token_id")
+        ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        found += [_int({"eos_token_id": token_id}, "eos_token_id", None) for token_id in ids]
     return tuple(dict.fromkeys(found))
 
 
@@ -335,12 +341,20 @@ def _dtype(raw: Mapping[str, Any]) -> str:
     return name
 
 
-def _activation(name: str) -> str:
-    if name not in ACTIVATIONS:
+def _activation(name: object) -> str:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ValueError(
             f"activation {name!r} is not supported; supported are {_listed(ACTIVATIONS)}"
         )
     return ACTIVATIONS[name]
+
+
+def _object(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """The object under `key`, empty where there is none."""
+    value = raw.get(key)
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(f"config.json: {key} must be an object, got {value!r}")
+    return value or {}
 
 
 def _int(raw: Mapping[str, Any], key: str, default: int | None) -> int:

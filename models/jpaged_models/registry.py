@@ -74,15 +74,11 @@ def load_decoder(checkpoint: Checkpoint, *, dtype: DTypeLike) -> Decoder:
 
     def read(name: str) -> np.ndarray:
         if name not in names:
-            # Base models saved without their head's wrapper drop the first part of each name.
-            short = name.partition(".")[2]
-            if short not in names:
-                raise ValueError(
-                    f"{checkpoint.source}: tensor {name!r} is missing for a "
-                    f"{config.architecture}; found {len(names)} tensors, such as "
-                    f"{sorted(names)[:3]}. Is the download complete?"
-                )
-            name = short
+            raise ValueError(
+                f"{checkpoint.source}: tensor {name!r} is missing for a {config.architecture}; "
+                f"found {len(names)} tensors, such as {sorted(names)[:3]}; "
+                "is the download complete?"
+            )
         return checkpoint.tensor(name)
 
     graph, abstract = nnx.split(abstract_decoder(config, dtype=dtype))

@@ -11,6 +11,7 @@ from tokenizers import processors
 
 from jpaged_models.chat_template import ChatTemplate
 
+TOKENIZER_FILE = "tokenizer.json"
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 
 
@@ -51,16 +52,14 @@ def load_tokenizer(
         bos_token_id: the network config's, used where the tokenizer's files name none.
         eos_token_ids: the network config's; the tokenizer's own eos joins them.
     """
-    path = directory / "tokenizer.json"
-    if not path.is_file():
-        raise ValueError(
-            f"{directory} has no tokenizer.json; pass prompts as token ids, or save one with "
-            "AutoTokenizer.from_pretrained(...).save_pretrained(directory)"
-        )
+    path = directory / TOKENIZER_FILE
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises nothing narrower
-        raise ValueError(f"{path} is not a tokenizer that `tokenizers` reads: {error}") from error
+        raise ValueError(
+            f"{path} is not a tokenizer that `tokenizers` reads: {error}; save it anew with "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(directory)"
+        ) from error
     backend.no_truncation()
     backend.no_padding()
     settings = read_json(directory / "tokenizer_config.json")

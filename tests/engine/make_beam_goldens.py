@@ -29,6 +29,7 @@ def main() -> None:
     assert packaged is not None, "install the default model's data package"
     model = transformers_side.packaged_model(packaged.directory)
     checkpoint = open_checkpoint(None)
+    assert checkpoint.tokenizer is not None
     prompts = prompts_of(checkpoint.tokenizer.encode(TEXT), LENGTHS)
     searches = []
     for number, settings in enumerate(SETTINGS):

@@ -25,6 +25,7 @@ def main() -> None:
     assert packaged is not None, "install the default model's data package"
     model = transformers_side.packaged_model(packaged.directory)
     tokenizer = open_checkpoint(None).tokenizer
+    assert tokenizer is not None
     shown = np.sort(np.random.default_rng(0).choice(tokenizer.vocab_size, NUM_SHOWN, replace=False))
     arrays: dict[str, np.ndarray] = {
         "made_with": np.asarray(json.dumps(dict(transformers_side.versions()))),

@@ -13,7 +13,7 @@ import jpaged
 from jpaged.llm import LLM
 from jpaged.params import SamplingParams
 from jpaged_models import ChatTemplate, Tokenizer
-from tests.helpers import llm_over, make_prompt, tiny_engine
+from tests.helpers import LLM_OPTIONS, llm_over, make_prompt, tiny_engine
 from tests.models.tiny_files import (
     LLAMA_VALUES,
     as_gguf_tensors,
@@ -63,50 +63,65 @@ def no_step_ran(request: pytest.FixtureRequest):
     assert output.outputs[0].finish_reason == "length"
 
 
+NO_PROMPTS = [
+    ("", ValueError, "empty"),
+    ([], ValueError, "empty"),
+    ([[]], ValueError, "empty"),
+    ([[3, 4], []], ValueError, "empty"),
+    (["", "a"], ValueError, "empty"),
+    ([3, 4.0], TypeError, "integers"),
+    (np.array([3.0, 4.0]), TypeError, "integers"),
+    (np.array([True, False]), TypeError, "got bool"),
+    (np.array(3), TypeError, "got ndarray"),
+    (np.zeros((2, 0), np.int32), ValueError, "empty"),
+    ([3, math.nan], TypeError, "integers"),
+    ([3, None], TypeError, "integers"),
+    ([[3, [4]]], TypeError, "integers"),
+    ([None], TypeError, "got NoneType"),
+    ([["a", "b"]], TypeError, "integers; got 'a' of type str in the list"),
+    ("a \ud800", ValueError, r"lone surrogate '\\ud800' at 2"),
+    (["a", "\udcff"], ValueError, "lone surrogate"),
+    ([3, True], TypeError, "integers"),
+    ([3, "a"], TypeError, "integers"),
+    (7, TypeError, "got int"),
+    (None, TypeError, "got NoneType"),
+    (b"bytes", TypeError, "got bytes"),
+    (bytearray(b"bytes"), TypeError, "got bytearray"),
+    ({3, 4}, TypeError, "got set"),
+    ((token for token in (3, 4)), TypeError, "got generator"),
+    ({"prompt": "a"}, TypeError, "got dict"),
+    ([{"prompt": "a"}], TypeError, "got dict"),
+]
+NOT_THIS_MODELS = [
+    ("   ", ValueError, "no tokens"),
+    (make_prompt(96), ValueError, "96 tokens and max_model_len is 96"),
+    (make_prompt(300), ValueError, "300 tokens and max_model_len is 96"),
+    (make_prompt(70), ValueError, "may need 10 blocks of 8 tokens and the pool has 8"),
+    ([3, 53], ValueError, "53 is outside the vocabulary of 53"),
+    ([3, -1], ValueError, "-1 is outside"),
+    (np.array([3, 99]), ValueError, "99 is outside"),
+    ([3, 2**70], ValueError, "outside the vocabulary of 53"),
+]
+
+
 @pytest.mark.parametrize(
     ("prompt", "error", "message"),
-    [
-        ("", ValueError, "empty"),
-        ([], ValueError, "empty"),
-        ([[]], ValueError, "empty"),
-        ([[3, 4], []], ValueError, "empty"),
-        (["", "a"], ValueError, "empty"),
-        ("   ", ValueError, "no tokens"),
-        (make_prompt(96), ValueError, "96 tokens and max_model_len is 96"),
-        (make_prompt(300), ValueError, "300 tokens and max_model_len is 96"),
-        (make_prompt(70), ValueError, "may need 10 blocks of 8 tokens and the pool has 8"),
-        ([3, 53], ValueError, "53 is outside the vocabulary of 53"),
-        ([3, -1], ValueError, "-1 is outside"),
-        (np.array([3, 99]), ValueError, "99 is outside"),
-        ([3, 4.0], TypeError, "integers"),
-        (np.array([3.0, 4.0]), TypeError, "integers"),
-        (np.array([True, False]), TypeError, "got bool"),
-        (np.array(3), TypeError, "got ndarray"),
-        (np.zeros((2, 0), np.int32), ValueError, "empty"),
-        ([3, math.nan], TypeError, "integers"),
-        ([3, None], TypeError, "integers"),
-        ([3, 2**70], ValueError, "outside the vocabulary of 53"),
-        ([[3, [4]]], TypeError, "integers"),
-        ([None], TypeError, "got NoneType"),
-        ([["a", "b"]], TypeError, "integers; got 'a' of type str in the list"),
-        ("a \ud800", ValueError, r"lone surrogate '\\ud800' at 2"),
-        (["a", "\udcff"], ValueError, "lone surrogate"),
-        ([3, True], TypeError, "integers"),
-        ([3, "a"], TypeError, "integers"),
-        (7, TypeError, "got int"),
-        (None, TypeError, "got NoneType"),
-        (b"bytes", TypeError, "got bytes"),
-        (bytearray(b"bytes"), TypeError, "got bytearray"),
-        ({3, 4}, TypeError, "got set"),
-        ((token for token in (3, 4)), TypeError, "got generator"),
-        ({"prompt": "a"}, TypeError, "got dict"),
-        ([{"prompt": "a"}], TypeError, "got dict"),
-    ],
+    [*NO_PROMPTS, *NOT_THIS_MODELS],
     ids=lambda value: ascii(value)[:20],
 )
 def test_a_bad_prompt_is_refused(llm: LLM, prompt: Any, error: type[Exception], message: str):
     with pytest.raises(error, match=message):
         llm.generate(prompt, GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error", "message"), NO_PROMPTS, ids=lambda value: ascii(value)[:20]
+)
+def test_what_no_model_takes_is_refused_before_one_is_loaded(
+    prompt: Any, error: type[Exception], message: str
+):
+    with pytest.raises(error, match=message):
+        jpaged.generate(prompt, model="no/such-model")
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
@@ -381,6 +396,33 @@ def test_a_truncated_or_junk_gguf_file_is_refused(tmp_path: pathlib.Path):
         file.write_bytes(content)
         with pytest.raises(ValueError, match="gguf"):
             LLM(file)
+
+
+def test_a_tokenizer_that_is_not_supported_is_refused_before_the_weights(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("jpaged.loading.load_decoder", None)
+    values = LLAMA_VALUES | {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "command-r",
+        "tokenizer.ggml.tokens": ["a", "b"],
+        "tokenizer.ggml.merges": ["a b"],
+    }
+    tensors = as_gguf_tensors(llama_tensors())
+    with pytest.raises(ValueError, match="pre-tokenizer 'command-r' is not supported"):
+        LLM(write_gguf(tmp_path / "m.gguf", "llama", values, tensors))
+    directory = write_directory(tmp_path / "broken", llama_tensors())
+    (directory / "tokenizer.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer"):
+        LLM(directory)
+
+
+def test_a_model_without_a_tokenizer_takes_token_ids(tmp_path: pathlib.Path):
+    with LLM(write_directory(tmp_path / "bare", llama_tensors()), **LLM_OPTIONS) as llm:
+        with pytest.raises(ValueError, match=r"has no tokenizer \(.*\); pass token ids"):
+            llm.generate("a")
+        (output,) = llm.generate([3, 4], GREEDY)
+        assert len(output.outputs[0].token_ids) == GREEDY.max_tokens
 
 
 def test_an_unsupported_architecture_is_refused_and_the_supported_ones_are_named(

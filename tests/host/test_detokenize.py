@@ -78,9 +78,10 @@ def default_model() -> tokenizers.Tokenizer:
     import jpaged_models  # here, since all the rest of these tests runs without jax
 
     checkpoint = jpaged_models.open_checkpoint(None)
-    backend = checkpoint.tokenizer.backend
+    tokenizer = checkpoint.tokenizer
     checkpoint.close()
-    return backend
+    assert tokenizer is not None
+    return tokenizer.backend
 
 
 BACKENDS = [byte_level, byte_fallback, default_model]

@@ -64,10 +64,12 @@ def test_end_ids_come_from_generation_config_too(tmp_path):
     assert open_checkpoint(directory).config.eos_token_ids == (6, 4)
 
 
-def test_directory_without_a_tokenizer_opens_and_says_so_only_when_asked(tmp_path):
-    opened = open_checkpoint(write_directory(tmp_path, llama_tensors()))
-    with pytest.raises(ValueError, match=r"no tokenizer\.json"):
-        _ = opened.tokenizer
+@pytest.mark.parametrize("vocabulary", [{}, {"tokenizer.ggml.model": "no_vocab"}])
+def test_a_checkpoint_may_have_no_tokenizer(tmp_path, vocabulary):
+    assert open_checkpoint(write_directory(tmp_path, llama_tensors())).tokenizer is None
+    values = LLAMA_VALUES | vocabulary
+    path = write_gguf(tmp_path / "m.gguf", "llama", values, as_gguf_tensors(llama_tensors()))
+    assert open_checkpoint(path).tokenizer is None
 
 
 def test_a_name_that_is_not_there_and_a_closed_checkpoint_are_refused(tmp_path):

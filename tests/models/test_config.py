@@ -1,10 +1,13 @@
 """A config.json of either spelling becomes the same ModelConfig."""
 
+import contextlib
 import dataclasses
 import re
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jpaged_models.config import ARCHITECTURES, RopeScaling, config_from_hf
 from tests.models.tiny_files import LLAMA_CONFIG
@@ -134,7 +137,9 @@ def test_end_ids_of_both_files_are_joined_without_repeats():
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "0.5"]),
         ({"torch_dtype": "float8_e4m3fn"}, ["float8_e4m3fn", "bfloat16"]),
         ({"quantization_config": {"quant_method": "gptq"}}, ["gptq", "GGUF"]),
+        ({"quantization_config": "gptq"}, ["quantization_config", "object", "'gptq'"]),
         ({"hidden_size": "24"}, ["hidden_size", "'24'"]),
+        ({"eos_token_id": [2, "</s>"]}, ["eos_token_id", "'</s>'"]),
         ({"num_attention_heads": 3, "num_key_value_heads": 2}, ["num_kv_heads", "3", "2"]),
         ({"num_hidden_layers": 0}, ["num_layers", "0"]),
         ({"head_dim": 7}, ["head_size", "7"]),
@@ -147,6 +152,37 @@ def test_what_is_not_supported_is_refused_by_name(change: dict[str, Any], words:
         config_from_hf(LLAMA_CONFIG | change)
     for word in words:
         assert word in str(refusal.value)
+
+
+KEYS = (
+    *("architectures", "model_type", "dtype", "torch_dtype", "quantization_config"),
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
+    *("num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps"),
+    *("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "factor", "type"),
+    *("tie_word_embeddings", "attention_bias", "mlp_bias", "hidden_act"),
+    *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
+    *("bos_token_id", "eos_token_id"),
+    *("n_embd", "n_layer", "n_head", "n_inner", "n_positions", "layer_norm_epsilon"),
+    *("activation_function", "scale_attn_weights"),
+)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 9) | st.floats() | st.text(max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+
+
+@given(
+    architecture=st.sampled_from(sorted(ARCHITECTURES.values())),
+    changes=st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=3),
+    generation=st.dictionaries(st.just("eos_token_id"), VALUES),
+)
+def test_values_of_any_type_are_read_or_refused_in_words(architecture, changes, generation):
+    raw = LLAMA_CONFIG | {"architectures": [architecture]} | changes
+    with contextlib.suppress(ValueError):
+        config_from_hf(raw, generation)
 
 
 def test_gpt2_with_another_attention_scale_is_refused():

@@ -27,8 +27,11 @@ class Checkpoint(Protocol):
     quantized: bool
 
     @property
-    def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer, built on first use; `ValueError` where it has none."""
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer, built on first use; None where it has none.
+
+        Raises ValueError where it has one that cannot be read or is not supported.
+        """
         ...
 
     def names(self) -> frozenset[str]:

@@ -10,7 +10,7 @@ from jpaged_models.config import ModelConfig
 from jpaged_models.tokenizer import Tokenizer
 from jpaged_models.weights.gguf_config import ROPE_FREQS, architecture_of, config_from_gguf
 from jpaged_models.weights.gguf_file import PLAIN_TYPES, GGUFFile
-from jpaged_models.weights.gguf_tokenizer import tokenizer_from_gguf
+from jpaged_models.weights.gguf_tokenizer import has_vocabulary, tokenizer_from_gguf
 
 LLAMA_NAMES = {
     "token_embd": "model.embed_tokens",
@@ -62,9 +62,9 @@ class GGUFCheckpoint:
         self._stored_names = _stored_names(self._file, self._architecture)
 
     @property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer that the file's metadata describes."""
-        if self._tokenizer is None:
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer that the file's metadata describes; None where it holds no vocabulary."""
+        if self._tokenizer is None and has_vocabulary(self._metadata):
             self._tokenizer = tokenizer_from_gguf(self._metadata)
         return self._tokenizer
 

@@ -11,6 +11,8 @@ from jpaged_models.chat_template import ChatTemplate
 from jpaged_models.tokenizer import Tokenizer, add_template, unique_ids
 from jpaged_models.weights.gguf_config import end_token_ids
 
+MODEL_KEY = "tokenizer.ggml.model"
+NO_VOCABULARY = "no_vocab"
 # GGUF's token types that are not plain text.
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6
 SPACE = "\u2581"  # SentencePiece's visible space
@@ -25,9 +27,14 @@ ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "
 PRE_TOKENIZERS = ("gpt-2", "llama-bpe", "qwen2", "smollm")
 
 
+def has_vocabulary(metadata: Mapping[str, Any]) -> bool:
+    """Whether a GGUF file brings a tokenizer at all."""
+    return metadata.get(MODEL_KEY, NO_VOCABULARY) != NO_VOCABULARY
+
+
 def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer that a GGUF file's metadata describes, with Hugging Face's ids."""
-    model = metadata.get("tokenizer.ggml.model", "missing")
+    model = metadata[MODEL_KEY]
     if model not in {"gpt2", "llama"}:
         raise ValueError(
             f"GGUF tokenizer model {model!r} is not supported; supported are gpt2 (BPE) and llama "
