@@ -156,7 +156,7 @@ class Baseline:
 def _start_row(
     caches: Caches,
     rows: Rows,
-    all_kv: list[Float[Array, "C K W"]],
+    all_kv: list[Float[Array, "T K W"]],
     logits: Float[Array, " V"],
     length: Int32[Array, ""],
     row: Int32[Array, ""],

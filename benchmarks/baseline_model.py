@@ -6,7 +6,7 @@ unrolled. Nothing here knows of blocks, requests or batches that change.
 
 import dataclasses
 import math
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ QUERY_TILES = 4
 QUERY_TOKENS = 128
 
 
+@runtime_checkable  # the shape checker of the tests asks isinstance
 class Weights(Protocol):
     """Where parameters come from: Hugging Face's names, matrices `[out, in]`."""
 
@@ -82,7 +83,7 @@ def load_params(weights: Weights, *, dtype: DTypeLike = "float32") -> Params:
     config = weights.config
     check_family(config)
 
-    def vector(name: str) -> Float[Array, " D"]:
+    def array(name: str) -> Float[Array, "*dims"]:
         return jnp.asarray(weights.tensor(name), dtype)
 
     def linear(names: list[str], biased: bool) -> Linear:
@@ -97,22 +98,22 @@ def load_params(weights: Weights, *, dtype: DTypeLike = "float32") -> Params:
         start = f"model.layers.{number}."
         attention, mlp = start + "self_attn.", start + "mlp."
         return Layer(
-            attention_norm=vector(start + "input_layernorm.weight"),
+            attention_norm=array(start + "input_layernorm.weight"),
             qkv=linear([f"{attention}{name}_proj" for name in "qkv"], config.qkv_bias),
-            q_norm=vector(attention + "q_norm.weight") if config.qk_norm else None,
-            k_norm=vector(attention + "k_norm.weight") if config.qk_norm else None,
+            q_norm=array(attention + "q_norm.weight") if config.qk_norm else None,
+            k_norm=array(attention + "k_norm.weight") if config.qk_norm else None,
             out=linear([attention + "o_proj"], config.output_bias),
-            mlp_norm=vector(start + "post_attention_layernorm.weight"),
+            mlp_norm=array(start + "post_attention_layernorm.weight"),
             gate_up=linear([mlp + "gate_proj", mlp + "up_proj"], config.mlp_bias),
             down=linear([mlp + "down_proj"], config.mlp_bias),
         )
 
-    embedding = vector("model.embed_tokens.weight")
+    embedding = array("model.embed_tokens.weight")
     return Params(
         embedding=embedding,
         layers=tuple(layer(number) for number in range(config.num_layers)),
-        norm=vector("model.norm.weight"),
-        head=embedding if config.tie_word_embeddings else vector("lm_head.weight"),
+        norm=array("model.norm.weight"),
+        head=embedding if config.tie_word_embeddings else array("lm_head.weight"),
     )
 
 
@@ -153,7 +154,7 @@ def prefill(
 
 
 def store_prompt(
-    caches: Caches, all_kv: list[Float[Array, "C K W"]], row: Int32[Array, ""]
+    caches: Caches, all_kv: list[Float[Array, "T K W"]], row: Int32[Array, ""]
 ) -> Caches:
     """The caches with a prefilled prompt at the start of `row`."""
     stored = []

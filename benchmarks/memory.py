@@ -315,9 +315,7 @@ def _plot(reports: list[dict], lengths: list[RequestLengths], options: argparse.
         draw(reports, replay_moment(lengths, block_size=options.block_size), path)
         print(f"\ndrawn: {path}")
     else:
-        print(
-            f"{path} is not drawn: matplotlib is missing; pip install matplotlib", file=sys.stderr
-        )
+        print(f"{path} is not drawn: matplotlib is missing; pip install '.[plot]'", file=sys.stderr)
 
 
 def _verdict(met: bool) -> str:

@@ -47,6 +47,7 @@ def _refuse_silent_fallback() -> None:
             continue
         raise RuntimeError(
             f"{distribution} {version} is installed and {device_file} exists, but JAX (jaxlib "
-            f"{jaxlib}) found only the CPU: the versions or the driver do not match. Run "
-            f"`pip install -U 'jpaged[{extra}]'` and restart, or set JAX_PLATFORMS=cpu to mean it."
+            f"{jaxlib}) found only the CPU: the versions or the driver do not match. Install "
+            f"jpaged again with its extra (in its clone: `pip install -U '.[{extra}]'`) and "
+            "restart, or set JAX_PLATFORMS=cpu to mean it."
         )

@@ -50,9 +50,10 @@ def write_kv(
 ) -> Float[Array, "P K S W"]:
     """The pool with each token's K and V in its slot."""
     S = pool.shape[2]
-    for token in range(k.shape[0]):
+
+    def write(token: Int32[Array, ""], pool: Float[Array, "P K S W"]) -> Float[Array, "P K S W"]:
         block, offset = slots[token] // S, slots[token] % S
-        pool = pool.at[block, :, offset].set(
-            jnp.concatenate([k[token], v[token]], axis=-1).astype(pool.dtype)
-        )
-    return pool
+        kv = jnp.concatenate([k[token], v[token]], axis=-1).astype(pool.dtype)
+        return pool.at[block, :, offset].set(kv)
+
+    return jax.lax.fori_loop(0, k.shape[0], write, pool)

@@ -5,18 +5,19 @@ import ctypes
 import functools
 import hashlib
 import importlib.metadata
+import logging
 import os
 import pathlib
 import platform
 import shlex
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 
 import jax
 
+logger = logging.getLogger(__name__)  # unconfigured, Python prints its warnings on stderr
 SOURCE = pathlib.Path(__file__).with_name("paged_attention.cc")
 COMPILE = ("-c", "-std=c++17", "-O3", "-march=native", "-ffast-math", "-DNDEBUG", "-fPIC", "-w")
 LINK = ("-shared",)  # without -ffast-math, for which GCC links code that flushes subnormals to zero
@@ -31,7 +32,7 @@ def library() -> ctypes.CDLL:
     """The compiled kernel, from the cache or from the compiler. Raises BuildError."""
     try:
         return _found_or_compiled()
-    except (OSError, RuntimeError) as error:  # no home, a folder that is not ours, no such program
+    except OSError as error:  # no such program, nowhere to write to
         raise BuildError(str(error)) from error
 
 
@@ -41,7 +42,7 @@ def _found_or_compiled() -> ctypes.CDLL:
     with _cache_folder() as folder:
         file = next(filter(_is_whole, folder.glob(f"{name}-*.so")), None)
         if file is None:
-            print("jpaged: compiling the CPU attention kernel, once", file=sys.stderr)
+            logger.warning("compiling the CPU attention kernel, once")
             file = _compile(compiler, folder, name)
         return ctypes.CDLL(str(file))
 
@@ -88,10 +89,10 @@ def _processor() -> str:
 @contextlib.contextmanager
 def _cache_folder() -> Iterator[pathlib.Path]:
     """A folder of the user's; where there is none to write to, one until the kernel is loaded."""
-    folder = pathlib.Path.home() / ".cache" / "jpaged" / "kernels"
     try:
+        folder = pathlib.Path.home() / ".cache" / "jpaged" / "kernels"
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
+    except (OSError, RuntimeError):  # a folder that is not ours; no home at all
         with tempfile.TemporaryDirectory(prefix="jpaged-") as temporary:
             yield pathlib.Path(temporary)
     else:

@@ -171,7 +171,7 @@ def test_plugin_that_does_not_fit_is_an_error_and_not_a_silent_cpu(tmp_path, mon
     jax.devices()  # the backend is up, so the setting below chooses nothing any more
     jax.config.update("jax_platforms", None)
     try:
-        with pytest.raises(RuntimeError, match=r"numpy .*pip install -U 'jpaged\[cuda13\]'"):
+        with pytest.raises(RuntimeError, match=r"numpy .*pip install -U '\.\[cuda13\]'"):
             devices.first_device()
         device_file.unlink()
         assert devices.first_device().platform == "cpu"

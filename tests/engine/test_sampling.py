@@ -175,18 +175,30 @@ def test_seed_halves_index_and_position_each_change_the_noise():
 
 
 def record_noise(engine: Engine) -> dict[tuple[str, int, int], set[bytes]]:
-    """From now on, the noise of every token sampled, by (request, sequence index, position)."""
+    """From now on, the noise of every token sampled, by (request, sequence index, position).
+
+    That this noise is what picked the token is checked against the step's own logits.
+    """
     run, seen = engine.runner.run, {}
     draw = jax.jit(noise, static_argnames="vocab_size")
 
     def run_recording(plan: StepPlan, outputs: Outputs = Outputs.TOKENS) -> StepOutput:
-        out = run(plan, outputs)
+        assert outputs is Outputs.TOKENS
+        out = run(plan, Outputs.LOGITS)
+        assert out.logits is not None
+        ends = np.cumsum([row.num_tokens for row in plan.rows])
+        last_tokens = {row.row: end - 1 for row, end in zip(plan.rows, ends, strict=True)}
+        leads = [row.row if row.forked is None else row.forked for row in plan.rows]
+        logits = np.asarray(out.logits)[[last_tokens[row] for row in leads]]
         rows = jnp.asarray([row.row for row in plan.rows])
         params = jax.tree.map(lambda leaf: leaf[rows], engine.runner.state.sampling)
         positions = jnp.asarray([row.seq_len for row in plan.rows])
         found = np.asarray(draw(params, positions, vocab_size=53))
-        for row, bits in zip(plan.rows, found, strict=True):
+        scores = logits / SAMPLED["temperature"] + found
+        tokens = np.asarray(out.tokens)
+        for row, bits, token, score in zip(plan.rows, found, tokens, scores, strict=False):
             if row.samples:
+                assert score[token] > score.max() - 1e-4
                 key = (row.sequence.request.request_id, row.sequence.index, row.seq_len)
                 seen.setdefault(key, set()).add(bits.tobytes())
         return out
