@@ -21,6 +21,7 @@ from jpaged_models import ModelConfig
 
 # Prompts are padded to the next of these: on average a fifth of a prefill is padding.
 PROMPT_LENS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)
+MIN_RESERVED = 3  # a prompt, a token, and the one sampled last
 
 
 @jax.tree_util.register_dataclass
@@ -50,8 +51,11 @@ class Baseline:
         cache_dtype: DTypeLike = "float32",
     ) -> None:
         baseline_model.check_family(config)
-        if min(num_rows, reserved) < 1:
-            raise ValueError(f"num_rows and reserved must be above 0, got {num_rows}, {reserved}")
+        if num_rows < 1 or reserved < MIN_RESERVED:
+            raise ValueError(
+                f"num_rows must be at least 1 and reserved {MIN_RESERVED}, got {num_rows} and "
+                f"{reserved}"
+            )
         self.config = config
         self.params = params
         self.num_rows = num_rows

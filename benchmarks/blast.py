@@ -16,6 +16,7 @@ import json
 import random
 import time
 
+from benchmarks.arguments import at_least_one
 from benchmarks.measure import host_provenance
 from benchmarks.oracle import WatchedScheduler
 from benchmarks.scripted_beams import advance_beams, make_beam_request, scripted_search
@@ -239,9 +240,9 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--operations", type=int, default=1_000_000)
+    parser.add_argument("--operations", type=at_least_one, default=1_000_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--every", type=int, default=1, help="check after every so many")
+    parser.add_argument("--every", type=at_least_one, default=1, help="check after every so many")
     options = parser.parse_args()
     print(f"{options.operations} operations from seed {options.seed}", flush=True)
     start = time.perf_counter()

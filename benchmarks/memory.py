@@ -21,6 +21,7 @@ import json
 import pathlib
 import sys
 
+from benchmarks.arguments import at_least_one, existing_file
 from benchmarks.beam_saving import BeamSaving, save_beams, save_model_beams
 from benchmarks.contiguous import Buddies, FirstFit, Shares, Slabs, reserve
 from benchmarks.host_cost import HostCost, host_cost
@@ -93,29 +94,47 @@ def _options() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--trace", nargs="+", default=[], help="CSV with input_tokens, output_tokens; or Mooncake")
+    add(
+        "--trace",
+        type=existing_file,
+        nargs="+",
+        default=[],
+        help="CSV with input_tokens, output_tokens; or Mooncake",
+    )
     add("--parts", nargs="+", choices=PARTS, default=PARTS)
-    add("--requests", type=int, default=20_000, help="of each trace or law, at most")
-    add("--sharing-requests", type=int, default=1_000, help="of these, with n answers each")
-    add("--slabs", type=int, default=32, help="longest requests that the pool holds")
-    add("--block-size", type=int, default=16)
-    add("--parallel", type=int, nargs="+", default=[2, 4, 6], help="answers to a prompt")
-    add("--beam-requests", type=int, default=200, help="of these, with beams")
-    add("--beam-widths", type=int, nargs="+", default=[2, 4, 6])
+    add("--requests", type=at_least_one, default=20_000, help="of each trace or law, at most")
+    add(
+        "--sharing-requests", type=at_least_one, default=1_000, help="of these, with n answers each"
+    )
+    add("--slabs", type=at_least_one, default=32, help="longest requests that the pool holds")
+    add("--block-size", type=at_least_one, default=16)
+    add("--parallel", type=at_least_one, nargs="+", default=[2, 4, 6], help="answers to a prompt")
+    add("--beam-requests", type=at_least_one, default=200, help="of these, with beams")
+    add("--beam-widths", type=at_least_one, nargs="+", default=[2, 4, 6])
     add("--model", nargs="?", const="", help="runs its beams; without a name, the default model's")
-    add("--model-tokens", type=int, default=128, help="that it generates, at most")
-    add("--hit-block-size", type=int, default=128, choices=(8, 16, 32, 64, 128))
+    add("--model-tokens", type=at_least_one, default=128, help="that it generates, at most")
+    add("--hit-block-size", type=at_least_one, default=128, choices=(8, 16, 32, 64, 128))
     add(
         "--hit-blocks",
-        type=int,
+        type=at_least_one,
         nargs="+",
         default=[1_000, 4_000, 16_000, 64_000],
         help="usable blocks of the pools that a Mooncake trace is replayed with",
     )
-    add("--order-requests", type=int, default=2_000, help="that come while others run, at most")
-    add("--order-slots", type=int, default=48_000, help="of their pool, at least; two longest fit")
+    add(
+        "--order-requests",
+        type=at_least_one,
+        default=2_000,
+        help="that come while others run, at most",
+    )
+    add(
+        "--order-slots",
+        type=at_least_one,
+        default=48_000,
+        help="of their pool, at least; two longest fit",
+    )
     add("--load", type=float, nargs="+", default=[0.9, 1.1], help="of what runs first come")
-    add("--repeats", type=int, default=50, help="of each timing")
+    add("--repeats", type=at_least_one, default=50, help="of each timing")
     add("--seed", type=int, default=0)
     add("--plot", help="PNG to draw; needs matplotlib")
     options = parser.parse_args()

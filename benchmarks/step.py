@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import baseline_model
+from benchmarks.arguments import at_least_one
 from benchmarks.baseline import Baseline
 from benchmarks.measure import CompileLog, OthersShare, provenance
 from jpaged import LLM, SamplingParams
@@ -68,12 +69,12 @@ def _options() -> argparse.Namespace:
     add = parser.add_argument
     add("--model", help="directory, .gguf file or hub id; by default the default model")
     add("--dtype", default="float32", help="of the weights, on both sides")
-    add("--batches", type=int, nargs="+", default=[1, 8, 32])
-    add("--contexts", type=int, nargs="+", default=[300, 2000])
-    add("--block-size", type=int, default=16)
+    add("--batches", type=at_least_one, nargs="+", default=[1, 8, 32])
+    add("--contexts", type=at_least_one, nargs="+", default=[300, 2000])
+    add("--block-size", type=at_least_one, default=16)
     add("--attention-backend", default="auto", help="of the paged side; xla is plain jax.numpy too")
-    add("--rounds", type=int, default=5, help="the two sides take turns")
-    add("--steps", type=int, default=8, help="steps of a turn")
+    add("--rounds", type=at_least_one, default=5, help="the two sides take turns")
+    add("--steps", type=at_least_one, default=8, help="steps of a turn")
     return parser.parse_args()
 
 

@@ -22,6 +22,7 @@ import jax
 from jaxtyping import DTypeLike
 
 from benchmarks import baseline_model
+from benchmarks.arguments import at_least_one, existing_file
 from benchmarks.baseline import Baseline
 from benchmarks.lengths import RequestLengths, random_prompts, sharegpt_lengths, trace_lengths
 from benchmarks.measure import CompileLog, Timing, interleaved, provenance
@@ -91,15 +92,29 @@ def _options() -> argparse.Namespace:
     add = parser.add_argument
     add("--model", help="directory, .gguf file or hub id; by default the default model")
     add("--dtype", default="float32", help="of weights and cache, on both sides")
-    add("--requests", type=int, default=64)
-    add("--trace", help="CSV with input_tokens, output_tokens; by default ShareGPT's law")
-    add("--max-input", type=int, default=512, help="longer prompts are clipped")
-    add("--max-output", type=int, default=256, help="longer answers are clipped")
-    add("--max-model-len", type=int, default=2048, help="what a baseline row reserves")
-    add("--rows", type=int, default=4, help="baseline rows: they fix the bytes of both sides")
-    add("--max-num-seqs", type=int, default=64, help="sequences the engine runs at most at once")
-    add("--block-size", type=int, default=16)
-    add("--repeats", type=int, default=5)
+    add("--requests", type=at_least_one, default=64)
+    add(
+        "--trace",
+        type=existing_file,
+        help="CSV with input_tokens, output_tokens; by default ShareGPT's law",
+    )
+    add("--max-input", type=at_least_one, default=512, help="longer prompts are clipped")
+    add("--max-output", type=at_least_one, default=256, help="longer answers are clipped")
+    add("--max-model-len", type=at_least_one, default=2048, help="what a baseline row reserves")
+    add(
+        "--rows",
+        type=at_least_one,
+        default=4,
+        help="baseline rows: they fix the bytes of both sides",
+    )
+    add(
+        "--max-num-seqs",
+        type=at_least_one,
+        default=64,
+        help="sequences the engine runs at most at once",
+    )
+    add("--block-size", type=at_least_one, default=16)
+    add("--repeats", type=at_least_one, default=5)
     add("--seed", type=int, default=0)
     add("--no-ceilings", action="store_true", help="leave out the runs with unlimited memory")
     return parser.parse_args()

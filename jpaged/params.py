@@ -6,6 +6,8 @@ import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 MAX_LOGPROBS = 20  # the width of the device's top-k for logprobs, fixed so that no request sets it
 MAX_SEQUENCES = 16_384  # of a request: all of them are made before the queue can refuse them
 MAX_TOKENS = 2**30  # what the device is told of lengths stays below 2**31, a prompt added
@@ -61,7 +63,7 @@ class SamplingParams:
         checked: dict[str, Any] = {
             "n": checked_int("n", self.n, least=1, most=MAX_SEQUENCES),
             "temperature": _checked_temperature(self.temperature),
-            "top_p": checked_float("top_p", self.top_p, least=0.0, most=1.0),
+            "top_p": _checked_top_p(self.top_p),
             "top_k": max(checked_int("top_k", self.top_k, least=-1, most=MAX_TOKENS), 0),
             "min_p": checked_float("min_p", self.min_p, least=0.0, most=1.0),
             "presence_penalty": _checked_penalty("presence_penalty", self.presence_penalty),
@@ -128,10 +130,6 @@ class SamplingParams:
         return self.penalizes or self.logit_bias is not None or forbids
 
     def _check_together(self) -> None:
-        if self.top_p == 0.0:
-            raise ValueError(
-                "top_p must be above 0 and at most 1, got 0; for greedy set temperature=0"
-            )
         if self.best_of is not None and self.best_of < self.n:
             raise ValueError(f"best_of must be at least n, got {self.best_of} < {self.n}")
         if self.ranks and self.greedy:
@@ -207,9 +205,19 @@ def checked_text(name: str, value: object) -> str:
 
 def checked_token_ids(name: str, value: object) -> tuple[int, ...]:
     """`value` as a tuple of ints that are not negative, or an error that names what was."""
-    if not isinstance(value, list | tuple):
+    is_array = isinstance(value, np.ndarray) and value.ndim == 1
+    if not is_array and not isinstance(value, list | tuple):
         raise TypeError(f"{name} must be a list of ints, got {value!r}")
     return tuple(checked_int(f"each of {name}", token, least=0) for token in value)
+
+
+def _checked_top_p(value: object) -> float:
+    number = checked_float("top_p", value, least=-math.inf, most=math.inf)
+    if not 0 < number <= 1:
+        raise ValueError(
+            f"top_p must be above 0 and at most 1, got {number}; for greedy set temperature=0"
+        )
+    return number
 
 
 def _checked_penalty(name: str, value: object) -> float:

@@ -245,7 +245,7 @@ def test_a_request_that_only_the_pool_refuses_names_both_numbers(llm: LLM):
         ({"n": -3}, ValueError, "n must be"),
         ({"n": 1.0}, TypeError, "n must be an int"),
         ({"top_p": 0.0}, ValueError, "top_p must be above 0"),
-        ({"top_p": 1.1}, ValueError, "top_p must be"),
+        ({"top_p": 1.1}, ValueError, "top_p must be above 0 and at most 1, got 1.1"),
         ({"top_p": -0.1}, ValueError, "top_p must be"),
         ({"top_p": math.nan}, ValueError, "top_p must be finite"),
         ({"temperature": -0.5}, ValueError, "temperature must be"),

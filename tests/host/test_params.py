@@ -47,7 +47,7 @@ def test_defaults_are_those_of_vllm():
 
 def test_values_are_stored_in_one_form():
     of_numpy: Any = {
-        "stop_token_ids": [3, np.int64(5)],
+        "stop_token_ids": np.array([3, 5]),
         "n": np.int32(2),
         "seed": np.uint64(2**64 - 1),
         "top_p": np.float32(0.5),
@@ -152,12 +152,12 @@ TAKEN_KINDS = {  # of `ANY_KIND`, by those fields that take any
     "frequency_penalty": {"float"},
     "repetition_penalty": {"float"},
     "logit_bias": {"none", "dict"},
-    "allowed_token_ids": {"none", "ints"},
+    "allowed_token_ids": {"none", "ints", "array"},
     "bad_words": {"none", "text", "texts"},
     "best_of": {"none"},
     "seed": {"none"},
     "stop": {"none", "text", "texts"},
-    "stop_token_ids": {"none", "ints"},
+    "stop_token_ids": {"none", "ints", "array"},
     "max_tokens": {"none"},
     "logprobs": {"none"},
     "ignore_eos": {"flag"},
