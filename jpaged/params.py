@@ -208,7 +208,8 @@ def checked_token_ids(name: str, value: object) -> tuple[int, ...]:
     is_array = isinstance(value, np.ndarray) and value.ndim == 1
     if not is_array and not isinstance(value, list | tuple):
         raise TypeError(f"{name} must be a list of ints, got {value!r}")
-    return tuple(checked_int(f"each of {name}", token, least=0) for token in value)
+    tokens: Any = value
+    return tuple(checked_int(f"each of {name}", token, least=0) for token in tokens)
 
 
 def _checked_top_p(value: object) -> float:
