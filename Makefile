@@ -12,13 +12,14 @@ TORCH ?= torch==2.13.0
 # No device plugin is wanted here, and the same results everywhere.
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help demo test test-parity test-kernels lint format clean
+.PHONY: help demo test test-parity test-kernels gpu-aot lint format clean
 
 help:
 	@echo "make demo          install jpaged and its default model, generate several prompts at once"
 	@echo "make test          the tests (PYTHON=python3.12 for another Python)"
 	@echo "make test-parity   against Transformers, in an environment of its own"
 	@echo "make test-kernels  the long matrix of kernel tests"
+	@echo "make gpu-aot       lets the tests compile for GPUs, without one (130 MB)"
 	@echo "make lint          ruff, pyright, import-linter"
 
 demo: $(VENV)/installed
@@ -35,6 +36,11 @@ test-kernels: $(DEV_VENV)/installed
 test-parity: $(PARITY_VENV)/installed
 	@echo "== parity with Transformers"
 	$(PARITY_VENV)/bin/python -m pytest -q tests/parity tests/models tests/benchmarks
+
+# The plugin's version must be that of jax, which no extra can say.
+gpu-aot: $(DEV_VENV)/installed
+	$(DEV_VENV)/bin/python -m pip install --quiet --no-deps \
+		"jax-cuda13-pjrt==$$($(DEV_VENV)/bin/python -c 'import jax; print(jax.__version__)')"
 
 lint: $(DEV_VENV)/installed
 	@echo "== ruff, pyright, import-linter"

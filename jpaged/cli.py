@@ -202,7 +202,12 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     add("--max-num-seqs", int, "N", "sequences that run at once (CPU 64, else 256)")
     add("--max-num-batched-tokens", int, "N", "tokens a step (CPU 256, else 2048)")
     add("--max-model-len", int, "N", "longest prompt and answer together")
-    add("--attention-backend", str, "NAME", "auto, cpu, xla, reference or pallas-tpu (auto)")
+    add(
+        "--attention-backend",
+        str,
+        "NAME",
+        "auto, cpu, xla, reference, pallas-tpu or pallas-gpu (auto)",
+    )
 
 
 def _generate(args: argparse.Namespace) -> None:

@@ -54,8 +54,8 @@ class LLM:
         max_waiting: sequences that may wait for a place; QueueFullError refuses what is more.
         seed: of the seeds drawn for requests that bring none.
         enable_prefix_caching: keep finished blocks, and share those whose prefix comes again.
-        attention_backend: "auto", "cpu", "xla", "pallas-tpu" and, for tests, "reference" and
-            "pallas-tpu-interpret".
+        attention_backend: "auto", "cpu", "xla", "pallas-tpu", "pallas-gpu" and, for tests,
+            "reference", "pallas-tpu-interpret" and "pallas-gpu-interpret".
         warm_up: compile every common program now; otherwise each when it is first needed.
         use_tqdm: whether loading and warm-up show their progress.
 

@@ -1,7 +1,8 @@
 """The one place that chooses a backend, and checks what they all ask."""
 
 import enum
-import sys
+import functools
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,11 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels import reference, xla
 from pallas_kernels.cpu import attention as cpu
 from pallas_kernels.cpu.build import BuildError
+from pallas_kernels.gpu import decode as gpu_decode
 from pallas_kernels.layout import PagedBatch, decode_batch
 from pallas_kernels.tpu import decode as tpu_decode
+
+logger = logging.getLogger(__name__)  # unconfigured, Python prints its warnings on stderr
 
 
 class Backend(enum.Enum):
@@ -22,6 +26,11 @@ class Backend(enum.Enum):
     CPU = "cpu"  # C++ through jax.ffi, compiled on this machine
     PALLAS_TPU = "pallas-tpu"
     PALLAS_TPU_INTERPRET = "pallas-tpu-interpret"  # the TPU kernel simulated, for tests
+    PALLAS_GPU = "pallas-gpu"
+    PALLAS_GPU_INTERPRET = "pallas-gpu-interpret"  # the GPU kernel on any device, for tests
+
+
+MIN_CAPABILITY = 8.0  # of a GPU: XLA compiles no Triton below
 
 
 def default_backend(platform: str | None = None) -> Backend:
@@ -31,9 +40,14 @@ def default_backend(platform: str | None = None) -> Backend:
         try:
             cpu.register()
         except BuildError as reason:
-            print(f"jpaged: attention by xla, the CPU kernel is missing: {reason}", file=sys.stderr)
+            _warn_once(f"attention by xla, the CPU kernel is missing: {reason}")
         else:
             return Backend.CPU
+    if platform == "gpu":
+        reason = _unfit_gpu()
+        if reason is None:
+            return Backend.PALLAS_GPU
+        _warn_once(f"attention by xla, the GPU kernels cannot run: {reason}")
     return Backend.PALLAS_TPU if platform == "tpu" else Backend.XLA
 
 
@@ -49,7 +63,8 @@ def choose_backend(name: str, platform: str) -> Backend:
     except ValueError:
         names = ["auto", *(backend.value for backend in Backend)]
         raise ValueError(f"attention_backend must be one of {names}, got {name!r}") from None
-    needed = {Backend.CPU: "cpu", Backend.PALLAS_TPU: "tpu"}.get(backend, platform)
+    needs = {Backend.CPU: "cpu", Backend.PALLAS_TPU: "tpu", Backend.PALLAS_GPU: "gpu"}
+    needed = needs.get(backend, platform)
     if platform != needed:
         raise ValueError(f"attention_backend={name!r} needs a {needed}, this is a {platform}")
     if backend is Backend.CPU:
@@ -57,7 +72,30 @@ def choose_backend(name: str, platform: str) -> Backend:
             cpu.register()
         except BuildError as reason:
             raise ValueError(f"attention_backend='cpu' cannot be compiled: {reason}") from reason
+    if backend is Backend.PALLAS_GPU and (reason := _unfit_gpu()):
+        raise ValueError(f"attention_backend='pallas-gpu' cannot run: {reason}; use 'xla'")
     return backend
+
+
+def _unfit_gpu() -> str | None:
+    """Why the GPU kernels cannot run on the first device, or None."""
+    device = jax.devices()[0]
+    capability = str(getattr(device, "compute_capability", ""))
+    try:
+        fits = float(capability) >= MIN_CAPABILITY
+    except ValueError:  # AMD's are names
+        fits = False
+    if fits:
+        return None
+    return (
+        f"they need compute capability {MIN_CAPABILITY}, "
+        f"{device.device_kind} has {capability or 'none'}"
+    )
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 def paged_decode(
@@ -82,6 +120,11 @@ def paged_decode(
     if backend in (Backend.PALLAS_TPU, Backend.PALLAS_TPU_INTERPRET):
         interpret = backend is Backend.PALLAS_TPU_INTERPRET
         return tpu_decode.paged_decode(
+            q, pool, block_tables, seq_lens, interpret=interpret, **options
+        )
+    if backend in (Backend.PALLAS_GPU, Backend.PALLAS_GPU_INTERPRET):
+        interpret = backend is Backend.PALLAS_GPU_INTERPRET
+        return gpu_decode.paged_decode(
             q, pool, block_tables, seq_lens, interpret=interpret, **options
         )
     if backend is Backend.XLA:
@@ -114,6 +157,7 @@ def paged_attention(
     B = batch.seq_lens.shape[0]
     decode_lens = jnp.where(jnp.arange(B) < batch.num_decodes, batch.seq_lens, 0)
     decoded = paged_decode(q[:B], pool, batch.block_tables, decode_lens, backend=backend, **options)
+    # No backend has a kernel of its own for ragged rows yet; one with this signature goes here.
     return xla.paged_prefill(q, pool, batch, decoded, **options)
 
 

@@ -350,6 +350,7 @@ def test_what_bends_logits_must_fit_the_vocabulary_and_leave_a_token(
         ({"max_model_len": 97}, ValueError, "max_model_len=97 exceeds the model's context of 96"),
         ({"attention_backend": "flash"}, ValueError, "attention_backend must be one of"),
         ({"attention_backend": "pallas-tpu"}, ValueError, "needs a tpu"),
+        ({"attention_backend": "pallas-gpu"}, ValueError, "needs a gpu"),
         ({"revision": "main"}, ValueError, "revision is for hub ids"),
         ({"max_num_seq": 4}, TypeError, "max_num_seq"),
     ],

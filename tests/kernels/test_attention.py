@@ -30,6 +30,8 @@ from tests.kernels.cases import BACKENDS, SCALE, Case, decode, dense, make_case,
 HEADS = [(6, 3, 16), (9, 3, 64), (4, 1, 32), (2, 2, 8)]
 OPTIONS = [{"window": 5}, {"soft_cap": 1.5}, {"window": 19, "soft_cap": 3.0}]
 
+INTERPRETED = [Backend.PALLAS_TPU_INTERPRET, Backend.PALLAS_GPU_INTERPRET]
+
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
@@ -188,7 +190,7 @@ def test_bfloat16_agrees_with_float32_within_its_tolerance(backend: Backend):
     assert_close(out.astype(np.float32), expected, TOLERANCES["bfloat16"].attention)
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, Backend.PALLAS_TPU_INTERPRET])
+@pytest.mark.parametrize("backend", [*BACKENDS, *INTERPRETED])
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -7,7 +7,7 @@ import tempfile
 import numpy as np
 import pytest
 
-from pallas_kernels import Backend, choose_backend, default_backend
+from pallas_kernels import Backend, choose_backend, default_backend, dispatch
 from pallas_kernels.cpu import attention, build
 from pallas_kernels.cpu.build import BuildError
 
@@ -24,6 +24,7 @@ def _nothing_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(attention, "library", library)
     monkeypatch.setattr(attention, "register", attention.register.__wrapped__)
+    dispatch._warn_once.cache_clear()
 
 
 @pytest.fixture
@@ -65,13 +66,13 @@ def test_a_kernel_is_compiled_once(caplog: pytest.LogCaptureFixture, tmp_path: p
 
 
 def test_without_a_compiler_attention_is_by_xla(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(BuildError, match=r"no C\+\+ compiler \(g\+\+, clang\+\+, c\+\+\); install"):
         library()
     assert default_backend("cpu") is Backend.XLA
-    assert "attention by xla, the CPU kernel is missing: no C++ compiler" in capsys.readouterr().err
+    assert "attention by xla, the CPU kernel is missing: no C++ compiler" in caplog.text
     with pytest.raises(ValueError, match="attention_backend='cpu' cannot be compiled: no C"):
         choose_backend("cpu", "cpu")
 
@@ -185,7 +186,9 @@ def test_a_compiler_that_cannot_be_run_leaves_xla(
     assert default_backend("cpu") is Backend.XLA
 
 
-@pytest.mark.parametrize(("name", "platform"), [("cpu", "gpu"), ("pallas-tpu", "cpu")])
+@pytest.mark.parametrize(
+    ("name", "platform"), [("cpu", "gpu"), ("pallas-tpu", "cpu"), ("pallas-gpu", "cpu")]
+)
 def test_a_backend_of_another_platform_is_refused(name: str, platform: str):
     with pytest.raises(ValueError, match=f"attention_backend='{name}' needs a"):
         choose_backend(name, platform)

@@ -2,7 +2,8 @@
 
 The C++ of `cpu` is compiled already and takes every point. The others compile a program a point, so
 they take a share: `xla` every 7th, 165 points in which any three values of different axes still
-meet, the simulated TPU kernel every 27th of what it can do, 29 points in which any two meet.
+meet, the simulated TPU kernel every 27th of what it can do, 29 points in which any two meet, and
+the interpreted GPU kernel every 29th.
 """
 
 import itertools
@@ -46,11 +47,12 @@ SHARES = {
     Backend.CPU: POINTS,
     Backend.XLA: POINTS[::7],
     Backend.PALLAS_TPU_INTERPRET: [point for point in POINTS if point.dtype != "float16"][::27],
+    Backend.PALLAS_GPU_INTERPRET: POINTS[::29],
 }
 CASES = [
     (backend, point)
     for backend, share in SHARES.items()
-    if backend in {*BACKENDS, Backend.PALLAS_TPU_INTERPRET}
+    if backend in {*BACKENDS, Backend.PALLAS_TPU_INTERPRET, Backend.PALLAS_GPU_INTERPRET}
     for point in share
 ]
 
