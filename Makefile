@@ -12,13 +12,14 @@ TORCH ?= torch==2.13.0
 # No device plugin is wanted here, and the same results everywhere.
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help demo test test-parity test-kernels gpu-aot lint format clean
+.PHONY: help demo test test-parity test-kernels gpu-aot gpu-check lint format clean
 
 help:
 	@echo "make demo          install jpaged and its default model, generate several prompts at once"
 	@echo "make test          the tests (PYTHON=python3.12 for another Python)"
 	@echo "make test-parity   against Transformers, in an environment of its own"
 	@echo "make test-kernels  the long matrix of kernel tests"
+	@echo "make gpu-check     checks and measures everything that needs an NVIDIA GPU, on a machine with one"
 	@echo "make gpu-aot       lets the tests compile for GPUs, without one (130 MB)"
 	@echo "make lint          ruff, pyright, import-linter"
 
@@ -36,6 +37,11 @@ test-kernels: $(DEV_VENV)/installed
 test-parity: $(PARITY_VENV)/installed
 	@echo "== parity with Transformers"
 	$(PARITY_VENV)/bin/python -m pytest -q tests/parity tests/models tests/benchmarks
+
+# With the Python as it is: such a machine has a JAX that fits its driver. ARGS="--parts decode ..."
+gpu-check: JAX_PLATFORMS = cuda,cpu
+gpu-check:
+	PYTHONPATH=.:models:$(PYTHONPATH) $(PYTHON) -m benchmarks.gpu_check $(ARGS)
 
 # The plugin's version must be that of jax, which no extra can say.
 gpu-aot: $(DEV_VENV)/installed

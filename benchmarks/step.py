@@ -25,6 +25,8 @@ from benchmarks.arguments import at_least_one
 from benchmarks.baseline import Baseline
 from benchmarks.measure import CompileLog, OthersShare, provenance
 from jpaged import LLM, SamplingParams
+from jpaged.engine import Engine
+from jpaged.requests import Request
 from jpaged_models import Checkpoint, open_checkpoint
 from pallas_kernels import choose_backend
 
@@ -112,7 +114,7 @@ def _measure(
         for context in options.contexts:
             # Halfway through, the rows attend to `context` tokens.
             start = max(1, context - num_steps // 2)
-            sides = [_paged(llm, batch, start), _unpaged(baseline, start)]
+            sides = [paged_step(llm.engine, batch, start), _unpaged(baseline, start)]
             for step in sides:
                 step()
             compiles.events.clear()
@@ -163,14 +165,22 @@ def _result(
     }
 
 
-def _paged(llm: LLM, batch: int, context: int) -> Callable[[], int]:
+def paged_step(engine: Engine, batch: int, context: int) -> Callable[[], int]:
     """The engine's step with `batch` rows of `context` tokens; returns what each then holds."""
-    scheduler, runner = llm.engine.scheduler, llm.engine.runner
+    scheduler, runner = engine.scheduler, engine.runner
     for request_id in list(scheduler.requests):
         scheduler.abort(request_id)
     params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True, detokenize=False)
-    for _ in range(batch):
-        llm.submit([0] * context, params)
+    for index in range(batch):
+        scheduler.add(
+            Request(
+                request_id=f"{index} at {context}",
+                prompt=None,
+                prompt_token_ids=[0] * context,
+                params=params,
+                seed=index,
+            )
+        )
     plan = scheduler.schedule()
     assert plan is not None
     assert plan.num_tokens == batch * context, "every prompt fits the first plan"
@@ -183,7 +193,7 @@ def _paged(llm: LLM, batch: int, context: int) -> Callable[[], int]:
     runner.state = dataclasses.replace(state, block_tables=jnp.array(tables))
 
     def step() -> int:
-        llm.engine.step()
+        engine.step()
         return scheduler.num_tokens_held // batch
 
     return step

@@ -1,0 +1,162 @@
+"""Greedy tokens of the whole engine: the kernels' against those of `xla`, on random weights.
+
+The requests share a prefix and do not all fit the pool, so that a sequence is preempted and a
+prefix is found again. In float32, with exact products, tokens must be equal but for near ties; in
+bfloat16 both sides round on their own, and the agreement is reported.
+"""
+
+import dataclasses
+import pathlib
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.gpu.settings import Record, Settings
+from benchmarks.random_checkpoint import SMOLLM2, TINY, write_checkpoint
+from jpaged import LLM, SamplingParams
+
+NEAR_TIE = 1e-3  # greedy tokens may differ where the two likeliest lie closer
+BASE = "xla"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Workload:
+    """Requests and the engine's limits."""
+
+    config: dict
+    prompt_lens: tuple[int, ...]
+    prefix: int  # tokens that every third prompt begins with
+    max_tokens: int
+    limits: dict[str, Any]
+
+
+WORKLOADS = {
+    "full": Workload(
+        config=SMOLLM2,
+        prompt_lens=(3, 200, 17, 350, 64, 90, 33, 128, 5, 260, 80, 31, 1, 150, 48, 77, 300, 99),
+        prefix=64,
+        max_tokens=48,
+        limits={
+            "block_size": 16,
+            "num_blocks": 73,
+            "max_num_seqs": 16,
+            "max_num_batched_tokens": 256,
+            "max_model_len": 512,
+        },
+    ),
+    "toy": Workload(
+        config=TINY,
+        prompt_lens=(3, 40, 17, 35, 9, 28),
+        prefix=16,
+        max_tokens=20,
+        limits={
+            "block_size": 8,
+            "num_blocks": 14,
+            "max_num_seqs": 4,
+            "max_num_batched_tokens": 32,
+            "max_model_len": 96,
+        },
+    ),
+}
+
+
+def run(settings: Settings, record: Record) -> None:
+    """Records the agreement in either dtype."""
+    workload = WORKLOADS[settings.scale]
+    backends = (BASE, settings.backend)
+    with tempfile.TemporaryDirectory() as folder:
+        model = write_checkpoint(pathlib.Path(folder), workload.config, seed=settings.seed)
+        for dtype, precision in (("float32", "highest"), ("bfloat16", None)):
+            # For the whole process: the engine compiles on threads of its own.
+            jax.config.update("jax_default_matmul_precision", precision)
+            sides = [_engine(model, workload, dtype, backend) for backend in backends]
+            with ThreadPoolExecutor() as threads:
+                list(threads.map(lambda llm: llm.engine.runner.warm_up(), sides))
+            prompts = _prompts(workload, settings.seed)
+            answers = [_answers(llm, prompts, workload) for llm in sides]
+            record(f"{dtype} tokens", _compare(prompts, answers, sides[0], dtype))
+            record(f"{dtype} events", _events(sides))
+            for llm in sides:
+                llm.close()
+
+
+def _engine(model: pathlib.Path, workload: Workload, dtype: str, backend: str) -> LLM:
+    llm = LLM(
+        model,
+        dtype=dtype,
+        attention_backend=backend,
+        warm_up=False,
+        use_tqdm=False,
+        **workload.limits,
+    )
+    keep_largest_programs(llm)
+    return llm
+
+
+def keep_largest_programs(llm: LLM) -> None:
+    """Leaves one program for decode steps and one for all others: compiling takes most time."""
+    buckets = llm.engine.runner.buckets
+    del buckets.decode[:-1], buckets.mixed[:-1]
+
+
+def _prompts(workload: Workload, seed: int) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    V = workload.config["vocab_size"]
+    prefix = rng.integers(3, V, workload.prefix).tolist()
+    prompts = [rng.integers(3, V, length).tolist() for length in workload.prompt_lens]
+    return [prefix + p if index % 3 == 0 else p for index, p in enumerate(prompts)]
+
+
+def _answers(llm: LLM, prompts: list[list[int]], workload: Workload) -> list[list[int]]:
+    """All at once, and the first again afterwards, when its prefix is cached."""
+    params = SamplingParams(
+        temperature=0, max_tokens=workload.max_tokens, ignore_eos=True, detokenize=False
+    )
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    outputs += llm.generate(prompts[:1], params, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def _compare(
+    prompts: list[list[int]], answers: list[list[list[int]]], base: LLM, dtype: str
+) -> dict:
+    """How many tokens agree up to each sequence's first difference."""
+    same = total = 0
+    margins = []
+    for prompt, expected, found in zip([*prompts, prompts[0]], *answers, strict=True):
+        first = next(
+            (i for i, pair in enumerate(zip(expected, found, strict=True)) if pair[0] != pair[1]),
+            len(expected),
+        )
+        same, total = same + first, total + len(expected)
+        if first < len(expected) and dtype == "float32":
+            margins.append(_margin(base, prompt + expected[:first]))
+    distinct = len({token for tokens in answers[1] for token in tokens})
+    ok = all(margin < NEAR_TIE for margin in margins)
+    result = {"ok": ok, "same_tokens": same / total, "tokens": total, "distinct_tokens": distinct}
+    if margins:
+        result["error"] = f"top two apart by {[f'{m:.1e}' for m in margins]} where tokens differ"
+    return result
+
+
+def _margin(llm: LLM, prompt: list[int]) -> float:
+    """Between the two largest log-probabilities of the next token."""
+    params = SamplingParams(temperature=0, max_tokens=1, logprobs=2, detokenize=False)
+    (output,) = llm.generate([prompt], params, use_tqdm=False)
+    logprobs = output.outputs[0].logprobs
+    assert logprobs is not None, "they were asked for"
+    top = sorted((entry.logprob for entry in logprobs[0].values()), reverse=True)
+    return top[0] - top[1]
+
+
+def _events(sides: list[LLM]) -> dict:
+    """What the workload is made for must have happened on both sides."""
+    stats = [llm.engine.stats() for llm in sides]
+    preemptions = [one.preemptions for one in stats]
+    hits = [round(one.hit_rate, 3) for one in stats]
+    ok = all(preemptions) and all(hits)
+    result = {"ok": ok, "preemptions": preemptions, "hit_rates": hits}
+    return result | ({} if ok else {"error": f"no preemption {preemptions} or no hit {hits}"})
