@@ -12,6 +12,7 @@ from pallas_kernels import reference, xla
 from pallas_kernels.cpu import attention as cpu
 from pallas_kernels.cpu.build import BuildError
 from pallas_kernels.gpu import decode as gpu_decode
+from pallas_kernels.gpu import ragged as gpu_ragged
 from pallas_kernels.layout import PagedBatch, decode_batch
 from pallas_kernels.tpu import decode as tpu_decode
 
@@ -157,7 +158,9 @@ def paged_attention(
     B = batch.seq_lens.shape[0]
     decode_lens = jnp.where(jnp.arange(B) < batch.num_decodes, batch.seq_lens, 0)
     decoded = paged_decode(q[:B], pool, batch.block_tables, decode_lens, backend=backend, **options)
-    # No backend has a kernel of its own for ragged rows yet; one with this signature goes here.
+    if backend in (Backend.PALLAS_GPU, Backend.PALLAS_GPU_INTERPRET):
+        interpret = backend is Backend.PALLAS_GPU_INTERPRET
+        return gpu_ragged.paged_prefill(q, pool, batch, decoded, interpret=interpret, **options)
     return xla.paged_prefill(q, pool, batch, decoded, **options)
 
 

@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.gpu.indices import indices
 from pallas_kernels.gpu.merge import merge
 from pallas_kernels.gpu.splits import ceil_div, live_splits, max_splits
 from pallas_kernels.gpu.tiles import DecodeConfig, decode_config, padded_size
@@ -151,14 +152,14 @@ def _decode_kernel(
     queries_G = jnp.arange(padded_size(G), dtype=jnp.int32)
     lanes_H = jnp.arange(padded_size(H), dtype=jnp.int32)
     tile_C = jnp.arange(C, dtype=jnp.int32)
-    at_GH = _indices(row, head * G + queries_G[:, None], lanes_H[None, :])
+    at_GH = indices(row, head * G + queries_G[:, None], lanes_H[None, :])
     real_G = queries_G < G
     real_GH = real_G[:, None] & (lanes_H < H)[None, :]
     q_GH = plt.load(q_ref.at[at_GH], mask=real_GH, other=0)
 
     def block_ids(tile):
         positions_C = tile * C + tile_C
-        at_C = _indices(row, jax.lax.div(positions_C, block_size))
+        at_C = indices(row, jax.lax.div(positions_C, block_size))
         return plt.load(block_tables_ref.at[at_C], mask=positions_C < end, other=0)
 
     def absorb(tile, state):
@@ -171,8 +172,8 @@ def _decode_kernel(
         rows_C += jax.lax.rem(positions_C, block_size)
         # Unused slots may hold NaN, and zero times NaN is NaN: they are not even read.
         seen_CH = visible_C[:, None] & (lanes_H < H)[None, :]
-        keys_at_CH = _indices(rows_C[:, None], lanes_H[None, :])
-        values_at_CH = _indices(rows_C[:, None], H + lanes_H[None, :])
+        keys_at_CH = indices(rows_C[:, None], lanes_H[None, :])
+        values_at_CH = indices(rows_C[:, None], H + lanes_H[None, :])
         keys_CH = plt.load(pool_ref.at[keys_at_CH], mask=seen_CH, other=0)
         logits_GC = jax.lax.dot_general(
             q_GH,
@@ -218,7 +219,7 @@ def _decode_kernel(
     if not partial_refs:
         _, total_G, values_GH = attend(first_split)
         values_GH /= jnp.where(total_G > 0, total_G, 1)[:, None]
-        at_GH = _indices(row, head * G + queries_G[:, None], 0, lanes_H[None, :])
+        at_GH = indices(row, head * G + queries_G[:, None], 0, lanes_H[None, :])
         plt.store(o_ref.at[at_GH], values_GH.astype(o_ref.dtype), mask=real_GH)
         return
 
@@ -227,9 +228,9 @@ def _decode_kernel(
     def attend_and_store(turn, _):
         place = program + turn * num_programs
         high_G, total_G, values_GH = attend(first_split + place)
-        at_GH = _indices(row, head * G + queries_G[:, None], place, lanes_H[None, :])
+        at_GH = indices(row, head * G + queries_G[:, None], place, lanes_H[None, :])
         plt.store(o_ref.at[at_GH], values_GH, mask=real_GH)
-        at_G = _indices(row, head * G + queries_G, place)
+        at_G = indices(row, head * G + queries_G, place)
         plt.store(high_ref.at[at_G], high_G, mask=real_G)
         plt.store(total_ref.at[at_G], total_G, mask=real_G)
 
@@ -237,12 +238,3 @@ def _decode_kernel(
     num_mine = jnp.maximum(end_split - first_split - program + num_programs - 1, 0)
     turns = jax.lax.div(num_mine, num_programs)
     jax.lax.fori_loop(0, turns, attend_and_store, None)
-
-
-def _indices(*indices):
-    """Each of them in the shape of all: a mix of scalars, rows and columns is not interpreted."""
-    shape = jnp.broadcast_shapes(*(jnp.shape(index) for index in indices))
-    return tuple(
-        jnp.full(shape, index) if jnp.ndim(index) == 0 else jnp.broadcast_to(index, shape)
-        for index in indices
-    )

@@ -61,7 +61,7 @@ def decode_config(head_size: int, dtype: DTypeLike) -> DecodeConfig:
         tile_tokens=tile,
         split_tokens=256 if is_narrow else 512,
         num_warps=4 if plain else 8,
-        num_stages=2 if is_narrow else 3,
+        num_stages=2 if is_narrow and plain else 3,
     )
 
 

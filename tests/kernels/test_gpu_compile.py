@@ -36,7 +36,7 @@ def test_decode_with_options_lowers_for_cuda(options: dict[str, Any]):
 
 
 def test_one_split_needs_no_merge():
-    text = lower_for_cuda(*build_decode(max_blocks=32))
+    text = lower_for_cuda(*build_decode(max_blocks=16))
     assert text.count("__gpu$xla.gpu.triton") == 1
 
 

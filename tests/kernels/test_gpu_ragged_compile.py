@@ -1,0 +1,110 @@
+"""The ragged GPU kernel through Triton's lowering, and the real compiler where it is installed."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from pallas_kernels import PagedBatch, pool_shape
+from pallas_kernels.gpu import ragged
+from tests.kernels.gpu_topology import GPUS, compile_for_gpu, missing_cuda
+
+HEADS = [(32, 8, 128), (9, 3, 64), (14, 2, 64), (8, 2, 80), (7, 1, 96), (4, 1, 256)]
+
+with_compiler = pytest.mark.skipif(missing_cuda() is not None, reason=missing_cuda() or "")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"heads": heads} for heads in HEADS),
+        {"dtype": "float16", "window": 300, "soft_cap": 30.0},
+        {"dtype": "float32", "block_size": 128},
+    ],
+    ids=str,
+)
+def test_prefill_lowers_for_cuda(options: dict[str, Any]):
+    lower_for_cuda(*build_prefill(**options))
+
+
+def lower_for_cuda(function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    """Through Pallas and into Triton's language, which needs neither a GPU nor a plugin."""
+    device = AbstractDevice("NVIDIA H100", 132, "gpu")
+    mesh = AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("__gpu$xla.gpu.triton") == 1
+
+
+@with_compiler
+@pytest.mark.parametrize("chip", GPUS)
+def test_prefill_fits_registers_and_shared_memory(chip: str):
+    options = {"small": chip == "sm_89"}
+    compiled = compile_for_gpu(f"{__name__}:build_all", chip=chip, options=options, timeout=600)
+    assert any(kernel.name == "paged_prefill" for kernel in compiled.kernels)
+    for kernel in compiled.kernels:
+        assert kernel.shared_bytes < GPUS[chip].shared_memory - 1 << 10
+
+
+@with_compiler
+@pytest.mark.parametrize("heads", [(9, 3, 64), (32, 8, 128)], ids=str)
+def test_the_answer_takes_the_place_of_a_donated_query(heads: tuple[int, int, int]):
+    compiled = compile_for_gpu(f"{__name__}:build_donated", options={"heads": heads})
+    query_bytes = 2 * 2048 * heads[0] * heads[2]
+    assert compiled.alias_bytes == query_bytes
+    assert compiled.temporary_bytes < query_bytes // 64
+    for kernel in compiled.kernels[:-1]:  # nor are the other tokens so much as touched
+        assert math.prod(kernel.grid) * kernel.threads * 8 < query_bytes // 2
+
+
+def build_prefill(
+    *,
+    heads: tuple[int, int, int] = (9, 3, 64),
+    dtype: str = "bfloat16",
+    block_size: int = 16,
+    num_tokens: int = 2048,
+    num_rows: int = 5,
+    max_blocks: int = 80,
+    num_blocks: int = 4096,
+    **options: Any,
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Prefill over a pool of `num_blocks`, for `compile_for_gpu`."""
+    N, K, H = heads
+    shape = pool_shape(num_blocks=num_blocks, num_kv_heads=K, block_size=block_size, head_size=H)
+    shapes = [(num_rows, max_blocks), (num_rows + 1,), (num_rows,), ()]
+    integers: Any = [jax.ShapeDtypeStruct(each, jnp.int32) for each in shapes]
+    return functools.partial(ragged.paged_prefill, scale=0.2, **options), (
+        jax.ShapeDtypeStruct((num_tokens, N, H), dtype),
+        jax.ShapeDtypeStruct(shape, dtype),
+        PagedBatch(*integers),
+        jax.ShapeDtypeStruct((num_rows, N, H), dtype),
+    )
+
+
+def build_all(*, small: bool) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Prefill by every default size in one program, with the options, which take registers."""
+    options = {"block_size": 128, "window": 1000, "soft_cap": 30.0}
+    cases = [
+        build_prefill(heads=heads, dtype=dtype, **options)
+        for heads in ((9, 3, 64), (8, 2, 80), (32, 8, 128), (4, 1, 256))
+        for dtype in ("bfloat16", "float32")
+    ]
+    configs = [ragged.default_config(*arguments[:2], small=small) for _, arguments in cases]
+    functions = [function for function, _ in cases]
+
+    def attend(*arguments):
+        every = zip(functions, arguments, configs, strict=True)
+        return [function(*each, config=config) for function, each, config in every]
+
+    return attend, tuple(arguments for _, arguments in cases)
+
+
+def build_donated(**options: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Prefill whose caller has no more use for the query."""
+    function, arguments = build_prefill(**options)
+    return jax.jit(function, donate_argnums=0), arguments
