@@ -33,9 +33,10 @@ LIMITS = {
     "throughput": 75,
     "peers": 75,
     "torch_peers": 90,
+    "profile": 60,
     "candidates": 120,
 }
-NOT_BY_DEFAULT = ("candidates",)
+NOT_BY_DEFAULT = ("profile", "candidates")
 UNTIMED = ("correctness", "parity")
 RESULTS = pathlib.Path(__file__).parent / "results"
 

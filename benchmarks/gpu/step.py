@@ -9,8 +9,9 @@ import dataclasses
 import math
 import statistics
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from jpaged.devices import first_device
 from jpaged.engine import Engine
 from jpaged.loading import engine_for
 from jpaged.memory import block_bytes
+from jpaged.plan import StepPlan
 from jpaged.programs import PlainStep
 from jpaged_models import Decoder, ModelConfig, abstract_decoder, config_from_hf
 from pallas_kernels import Backend
@@ -52,30 +54,41 @@ SHAPES = {
 }
 
 
+class Case(NamedTuple):
+    """An engine whose one decode program is compiled, and the rows that it is to step."""
+
+    name: str
+    engine: Engine
+    config: ModelConfig
+    rows: int
+    context: int
+
+
 def run(settings: Settings, record: Record) -> None:
     """Records milliseconds of a step; everything is compiled before anything is timed."""
-    engines: dict[str, tuple[Engine, ModelConfig, int, int]] = {}
+    for case in compiled_cases(settings, record, backends=(settings.backend, "xla")):
+        result = _time(case)
+        record(case.name, result | _against_floor(result, case, settings))
+
+
+def compiled_cases(settings: Settings, record: Record, *, backends: Iterable[str]) -> list[Case]:
+    """Every shape that is wanted by every backend; what fails to compile is recorded instead."""
+    cases: list[Case] = []
     for shape in SHAPES[settings.scale]:
+        if not settings.wants(shape.name):
+            continue
         config = config_from_hf(shape.config)
         decoder = random_decoder(config, seed=settings.seed)
         for rows, context in shape.batches:
-            for backend in dict.fromkeys((settings.backend, "xla")):
+            for backend in dict.fromkeys(backends):
                 engine = _engine(decoder, rows, context, Backend(backend))
-                engines[f"{shape.name} {rows} x {context} {backend}"] = (
-                    engine,
-                    config,
-                    rows,
-                    context,
-                )
-    failures = _compile([engine for engine, *_ in engines.values()])
-    for (name, (engine, config, rows, context)), failure in zip(
-        engines.items(), failures, strict=True
-    ):
+                name = f"{shape.name} {rows} x {context} {backend}"
+                cases.append(Case(name, engine, config, rows, context))
+    failures = _compile([case.engine for case in cases])
+    for case, failure in zip(cases, failures, strict=True):
         if failure is not None:
-            record(name, {"ok": False, "error": describe(failure)})
-            continue
-        result = _time(engine, rows, context)
-        record(name, result | _against_floor(result, config, rows, context, settings))
+            record(case.name, {"ok": False, "error": describe(failure)})
+    return [case for case, failure in zip(cases, failures, strict=True) if failure is None]
 
 
 def _compile(engines: list[Engine]) -> list[Exception | None]:
@@ -128,8 +141,9 @@ def _engine(decoder: Decoder, rows: int, context: int, backend: Backend) -> Engi
     )
 
 
-def _time(engine: Engine, rows: int, context: int) -> dict:
-    step = paged_step(engine, rows, context - STEPS)
+def _time(case: Case) -> dict:
+    engine, rows = case.engine, case.rows
+    step = paged_step(engine, rows, case.context - STEPS)
     step()
     whole = []
     for _ in range(STEPS):
@@ -141,9 +155,7 @@ def _time(engine: Engine, rows: int, context: int) -> dict:
     device = []
     for _ in range(5):
         start = time.perf_counter()
-        # The same step again and again: it writes the same slots.
-        out = [engine.runner.run(plan) for _ in range(STEPS)][-1]
-        jax.block_until_ready(out)
+        run_without_waiting(engine, plan)
         device.append((time.perf_counter() - start) / STEPS)
     return {
         "ok": True,
@@ -154,14 +166,19 @@ def _time(engine: Engine, rows: int, context: int) -> dict:
     }
 
 
-def _against_floor(
-    result: dict, config: ModelConfig, rows: int, context: int, settings: Settings
-) -> dict:
+def run_without_waiting(engine: Engine, plan: StepPlan) -> None:
+    """STEPS times the same step, which writes the same slots, and a wait for the last."""
+    out = [engine.runner.run(plan) for _ in range(STEPS)][-1]
+    jax.block_until_ready(out)
+
+
+def _against_floor(result: dict, case: Case, settings: Settings) -> dict:
+    config = case.config
     weights = jax.tree.leaves(nnx.split(abstract_decoder(config, dtype=DTYPE))[1])
     num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in weights)
     if not config.tie_word_embeddings:  # of the embedding only the tokens' rows are read
         num_bytes -= config.vocab_size * config.hidden_size * jnp.dtype(DTYPE).itemsize
-    num_bytes += rows * context * block_bytes(config, block_size=1, dtype=DTYPE)
+    num_bytes += case.rows * case.context * block_bytes(config, block_size=1, dtype=DTYPE)
     found = {"read_bytes": num_bytes}
     if settings.read_gbps is not None:
         floor_ms = num_bytes / settings.read_gbps / 1e6

@@ -10,6 +10,9 @@ _FIGURES = (  # of a result, in this order, where it has them
     ("of_floor", "{:.2f}x floor"),
     ("tokens_per_s", "{:.0f} tokens/s"),
     ("same_tokens", "{:.1%} same"),
+    ("busy_ms", "{:.2f} ms busy"),
+    ("kernels", "in {:.0f} kernels"),
+    ("kinds", "{}"),
     ("config", "{}"),
 )
 
