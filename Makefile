@@ -63,7 +63,7 @@ clean:
 	rm -rf .venv* build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 $(VENV)/installed: pyproject.toml
-	@echo "== creating $(VENV) and installing jpaged with its default model (once)"
+	@echo "== creating $(VENV) and installing jpaged with its default model (once: downloads JAX and 93 MB of weights)"
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
 	$(VENV)/bin/python -m pip install --quiet --editable .

@@ -12,15 +12,13 @@ import time
 from collections.abc import Sequence as SequenceOf
 from typing import TYPE_CHECKING, Any
 
-import jpaged
+from jpaged.cli_options import parse
 from jpaged.errors import JpagedError
 from jpaged.outputs import RequestOutput
 from jpaged.params import SamplingParams
 
 if TYPE_CHECKING:
     from jpaged.llm import LLM
-
-MAX_TOKENS = 128  # the API's 16 is for a caller who looks at the first words only
 
 # Each with the most tokens its answer may have: they differ, so that rows end and others go on.
 DEMO_QUESTIONS = (
@@ -45,28 +43,17 @@ _LLM_OPTIONS = (
     "max_num_seqs",
     "max_num_batched_tokens",
     "max_model_len",
+    "max_waiting",
+    "enable_prefix_caching",
     "attention_backend",
 )
-
-_EXAMPLES = """\
-examples:
-  jpaged generate "Once upon a time" --temperature 0
-  jpaged generate --chat "Why is the sky blue?" --stream --max-tokens 200
-  jpaged generate "A cat" "A dog" --n 3 --seed 7 --stop . --stop '!'
-  jpaged generate --prompts-file questions.txt --chat --json > answers.jsonl
-  jpaged generate "The sea" --model models/llama --dtype bfloat16 --stats
-  cat prompts.txt | jpaged generate --prompts-file - --max-num-seqs 8
-
-Generated text goes to stdout, everything else to stderr. Exit status: 0 when all went well,
-2 for a bad option, prompt or model (stderr says which), 130 after Ctrl-C.
-"""
 
 
 def main(arguments: SequenceOf[str] | None = None) -> int:
     """Runs one command; its exit status."""
-    args = _parser().parse_args(arguments)
+    args = parse(arguments)
     try:
-        args.run(args)
+        {"generate": _generate, "demo": _demo}[args.command](args)
         sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
@@ -80,141 +67,13 @@ def main(arguments: SequenceOf[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="jpaged",
-        description="Text from language models over a paged KV cache, on a TPU, a GPU or a CPU.",
-        epilog="`jpaged COMMAND --help` explains a command.",
-    )
-    parser.add_argument("--version", action="version", version=f"jpaged {jpaged.__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    generate = commands.add_parser(
-        "generate",
-        usage="%(prog)s [PROMPT ...] [options]",
-        help="continue prompts, or answer messages",
-        description="Continues one prompt or many; all of them are generated together.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    _add_input(generate)
-    _add_sampling(generate)
-    _add_output(generate)
-    _add_model(generate)
-    _add_engine(generate)
-    generate.set_defaults(run=_generate)
-    demo = commands.add_parser(
-        "demo",
-        help="answer several questions at once and show the figures",
-        description="Answers a few questions at once, greedily, and prints the engine's figures.",
-        allow_abbrev=False,
-    )
-    _add_model(demo)
-    demo.add_argument(
-        "--max-tokens", type=int, metavar="N", help="at most so many tokens an answer"
-    )
-    demo.set_defaults(run=_demo)
-    return parser
-
-
-def _add_input(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("input")
-    group.add_argument("prompts", nargs="*", metavar="PROMPT", help="text to continue")
-    group.add_argument(
-        "--prompts-file",
-        metavar="FILE",
-        help="more prompts, one a line, empty lines skipped; - reads stdin",
-    )
-    group.add_argument(
-        "--chat",
-        action="store_true",
-        help="each prompt is a user's message, written out by the model's own chat template",
-    )
-    group.add_argument("--system", metavar="TEXT", help="the system message, with --chat")
-
-
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("sampling")
-
-    def add(flag: str, kind: type, metavar: str, text: str, default: Any = None) -> None:
-        group.add_argument(flag, type=kind, metavar=metavar, help=text, default=default)
-
-    add("--max-tokens", int, "N", f"at most so many tokens a prompt ({MAX_TOKENS})", MAX_TOKENS)
-    add("--min-tokens", int, "N", "no end before so many tokens (0)")
-    add("--temperature", float, "X", "0 takes the likeliest token, higher is more random (1.0)")
-    add("--top-k", int, "K", "only the K likeliest tokens (0: all)")
-    add("--top-p", float, "P", "only the likeliest tokens that reach probability P together (1.0)")
-    add("--min-p", float, "P", "only tokens at least P times as likely as the likeliest (0.0)")
-    add("--seed", int, "N", "of the noise: the same seed gives the same text (drawn)")
-    add("--n", int, "N", "answers a prompt (1)")
-    group.add_argument(
-        "--stop",
-        action="append",
-        metavar="TEXT",
-        help="end before this text; may be given several times",
-    )
-    group.add_argument(
-        "--ignore-eos", action="store_true", default=None, help="go on after the model's end token"
-    )
-
-
-def _add_output(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("output")
-    how = group.add_mutually_exclusive_group()
-    how.add_argument(
-        "--stream", action="store_true", help="print text as it comes (one prompt, --n 1)"
-    )
-    how.add_argument(
-        "--json",
-        action="store_true",
-        help="one JSON object a prompt and line, in the prompts' order",
-    )
-    group.add_argument("--stats", action="store_true", help="close with a line of figures")
-    group.add_argument("--quiet", action="store_true", help="no progress and no notes on stderr")
-
-
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model",
-        metavar="MODEL",
-        help="a directory in Hugging Face's layout, a .gguf file or a hub id "
-        "(SmolLM2-135M-Instruct)",
-    )
-    group.add_argument("--revision", metavar="REV", help="branch, tag or commit on the hub")
-    group.add_argument(
-        "--dtype",
-        metavar="DTYPE",
-        help="auto, float32, bfloat16 or float16 (auto: float32 on a CPU, else the model's)",
-    )
-
-
-def _add_engine(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("engine", "What is not given is chosen by device and memory.")
-
-    def add(flag: str, kind: type, metavar: str, text: str) -> None:
-        group.add_argument(flag, type=kind, metavar=metavar, help=text)
-
-    add("--block-size", int, "N", "token positions a block: a power of two from 8 to 128 (16)")
-    add("--num-blocks", int, "N", "blocks in the pool")
-    add("--memory-fraction", float, "X", "share of an accelerator's memory to use in all (0.9)")
-    add("--swap-space", float, "GiB", "host memory for what preempted sequences computed (0)")
-    add("--max-num-seqs", int, "N", "sequences that run at once (CPU 64, else 256)")
-    add("--max-num-batched-tokens", int, "N", "tokens a step (CPU 256, else 2048)")
-    add("--max-model-len", int, "N", "longest prompt and answer together")
-    add(
-        "--attention-backend",
-        str,
-        "NAME",
-        "auto, cpu, xla, reference, pallas-tpu or pallas-gpu (auto)",
-    )
-
-
 def _generate(args: argparse.Namespace) -> None:
     prompts = _prompts(args)
     params = SamplingParams(**_given(args, [f.name for f in dataclasses.fields(SamplingParams)]))
     if args.system is not None and not args.chat:
         raise ValueError("--system is a message of a conversation, so it needs --chat")
+    if args.logprobs is not None and not args.json:
+        raise ValueError("--logprobs are shown by --json alone; give both")
     if args.stream and (len(prompts) > 1 or params.n > 1):
         raise ValueError(
             f"--stream shows one answer, got {len(prompts)} prompts and n={params.n}; leave it out"
@@ -256,13 +115,22 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     if args.prompts_file == "-":
         lines = sys.stdin.read().splitlines()
     elif args.prompts_file is not None:
-        lines = pathlib.Path(args.prompts_file).read_text(encoding="utf-8").splitlines()
+        lines = _read(pathlib.Path(args.prompts_file)).splitlines()
     prompts = [*args.prompts, *(line for line in lines if line.strip())]
     if not prompts:
         raise ValueError("there is no prompt; give a PROMPT, or a --prompts-file that has a line")
     if not all(prompts):
         raise ValueError("a prompt is empty; expected text")
     return prompts
+
+
+def _read(path: pathlib.Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not text in UTF-8 (byte {error.start}: {error.reason}); save it as UTF-8"
+        ) from error
 
 
 def _given(args: argparse.Namespace, names: SequenceOf[str]) -> dict[str, Any]:

@@ -6,10 +6,12 @@ import os
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
-from jpaged import cli
+from jpaged import LLM, SamplingParams, cli
+from tests.helpers import LLM_OPTIONS
 
 SMALL = ["--num-blocks", "31", "--max-num-seqs", "3", "--max-num-batched-tokens", "20", "--quiet"]
 
@@ -40,6 +42,34 @@ def test_json_has_one_line_a_prompt_in_order(tiny_model_dir, capsys, tmp_path):
     assert [a["prompt"] for a in answers] == ["given", "from the file", "and another, älter"]
     assert [len(c["token_ids"]) for a in answers for c in a["outputs"]] == [3] * 6
     assert err.startswith("requests: 3; tokens: 18 in ")
+
+
+def test_sampling_flags_mean_what_the_api_means_by_them(tiny_model_dir, capsys):
+    fields: dict[str, Any] = {
+        "seed": 3,
+        "max_tokens": 12,
+        "presence_penalty": 1.5,
+        "frequency_penalty": 0.5,
+        "repetition_penalty": 1.2,
+        "n": 1,
+        "best_of": 2,
+        "logprobs": 2,
+    }
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in fields.items()]
+    assert generate(tiny_model_dir, "the dog", *flags, "--no-prefix-caching", "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    with LLM(tiny_model_dir, **LLM_OPTIONS) as llm:
+        (expected,) = llm.generate("the dog", SamplingParams(**fields))
+    assert [found["token_ids"] for found in answer["outputs"]] == [
+        found.token_ids for found in expected.outputs
+    ]
+    assert len(answer["outputs"][0]["logprobs"][0]) >= 2
+
+
+def test_a_file_of_prompts_that_is_not_utf_8_is_named(tiny_model_dir, capsys, tmp_path):
+    (tmp_path / "latin.txt").write_bytes("älter".encode("latin-1"))
+    assert generate(tiny_model_dir, "--prompts-file", str(tmp_path / "latin.txt")) == 2
+    assert "latin.txt is not text in UTF-8 (byte 0" in capsys.readouterr().err
 
 
 def test_prompts_come_from_stdin_after_a_dash(tiny_model_dir, capsys, monkeypatch):
@@ -76,6 +106,9 @@ def test_loading_says_nothing_on_stdout(tiny_model_dir, capsys):
         (["--prompts-file", "no-such-file.txt"], "no-such-file.txt"),
         (["a", "b", "--stream"], "--stream shows one answer, got 2 prompts"),
         (["a", "--system", "be kind"], "needs --chat"),
+        (["a", "--logprobs", "2"], "--logprobs are shown by --json alone"),
+        (["a", "--repetition-penalty", "0"], "repetition_penalty must be"),
+        (["a", "--max-waiting", "0"], "max_waiting must be"),
         (["a", "--max-tokens", "150", "--num-blocks", "5"], "the pool has 4"),
         (["a", "--block-size", "12"], "block_size must be a power of two"),
     ],
@@ -98,7 +131,9 @@ def test_an_unknown_option_is_refused_without_a_traceback(capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(["generate", "a", "--max-token", "3"])
     assert caught.value.code == 2
-    assert "--max-token" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "usage: jpaged generate [PROMPT ...]" in err
+    assert "unrecognized arguments: --max-token" in err
 
 
 def test_demo_prints_every_answer_and_the_figures(tiny_model_dir, capsys):

@@ -38,7 +38,8 @@ def download(model_id: str, *, revision: str | None = None) -> Found:
         )
     except errors.HFValidationError as error:
         raise ValueError(
-            f"there is no directory or file {model_id!r} here, and it is no hub id either: {error}"
+            f"there is no directory or file {model_id!r} here, and no hub id looks like that "
+            "(a name, or owner/name)"
         ) from error
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
         raise ValueError(
