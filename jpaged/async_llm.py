@@ -19,6 +19,7 @@ from jpaged.requests import Request
 from jpaged.snapshot import Snapshot
 from jpaged.stats import Stats
 from jpaged.trace import StepRecord
+from jpaged_models import Tokenizer
 
 
 class AsyncLLM:
@@ -116,6 +117,15 @@ class AsyncLLM:
     def model_source(self) -> str:
         """Which file or hub revision was loaded."""
         return self._open_llm().model_source
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer, None where it has none.
+
+        A conversation becomes a prompt by it: `chat_template.render(messages)` is the text, and
+        `encode(text, add_special_tokens=False)` what `generate` takes.
+        """
+        return self._open_llm().tokenizer
 
     async def close(self) -> None:
         """Frees the model; streams that still run get EngineFailedError. Safe to repeat."""

@@ -41,6 +41,24 @@ def test_outputs_grow_and_the_last_equals_the_offline_answer(tiny_model_dir: pat
     run(tiny_model_dir, main)
 
 
+def test_a_conversation_becomes_a_prompt_by_the_tokenizer(tiny_model_dir: pathlib.Path):
+    messages = [{"role": "user", "content": "the lazy dog"}]
+    params = SamplingParams(seed=4, max_tokens=9)
+    with LLM(tiny_model_dir, **LLM_OPTIONS) as llm:
+        (offline,) = llm.chat(messages, params)
+
+    async def main(llm: AsyncLLM) -> None:
+        tokenizer = llm.tokenizer
+        assert tokenizer is not None
+        assert tokenizer.chat_template is not None
+        text = tokenizer.chat_template.render(messages)
+        prompt = tokenizer.encode(text, add_special_tokens=False)
+        *_, last = [output async for output in llm.generate(prompt, params)]
+        assert last.outputs == offline.outputs
+
+    run(tiny_model_dir, main)
+
+
 def test_two_hundred_streams_half_of_them_cancelled_leave_no_block_held(
     tiny_model_dir: pathlib.Path,
 ):
