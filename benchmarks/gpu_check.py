@@ -26,7 +26,7 @@ from benchmarks.gpu.table import part_lines
 LIMITS = {
     "correctness": 90,
     "ceiling": 25,
-    "decode": 75,
+    "decode": 120,
     "prefill": 60,
     "parity": 110,
     "step": 75,
@@ -59,7 +59,8 @@ def main() -> None:
             started = time.monotonic()
             for part, worker in zip(group, workers, strict=True):
                 end = min(started + (options.limit or LIMITS[part]), deadline)
-                report["parts"][part] = worker.result(end)
+                origin = {"commit": report["commit"], "date": report["date"]}
+                report["parts"][part] = origin | worker.result(end)
                 _write(path, report)
                 print(part_lines(part, report["parts"][part])[0], flush=True)
     _print_table(report, path)
@@ -75,7 +76,7 @@ def _options() -> argparse.Namespace:
     add = parser.add_argument
     default = [part for part in LIMITS if part not in NOT_BY_DEFAULT]
     add("--parts", nargs="+", default=default, metavar="PART", help=f"of {' '.join(LIMITS)}")
-    add("--budget", type=float, default=300, help="seconds in all; what does not fit is cut short")
+    add("--budget", type=float, default=600, help="seconds in all; what does not fit is cut short")
     add("--limit", type=float, help="seconds a part, in place of its own limit")
     add("--backend", default="pallas-gpu", help="the kernels under test")
     add("--candidates", metavar="FILE", nargs="+", default=[], help="other configurations to time")
@@ -194,7 +195,7 @@ def _start_report(options: argparse.Namespace, machine: dict[str, str], path: pa
         "command": " ".join(["python", "-m", "benchmarks.gpu_check", *sys.argv[1:]]),
     }
     parts = {}
-    if options.resume and path.exists():
+    if path.exists():  # what is not measured again stays, under its own date and commit
         parts = json.loads(path.read_text())["parts"]
     return {**head, "parts": parts}
 

@@ -31,6 +31,7 @@ class Backend(enum.Enum):
     PALLAS_GPU_INTERPRET = "pallas-gpu-interpret"  # the GPU kernel on any device, for tests
 
 
+MIN_SCALE = 1e-6  # and its inverse: beyond, a masked logit is no longer the lowest
 MIN_CAPABILITY = 8.0  # of a GPU: XLA compiles no Triton below
 
 
@@ -116,7 +117,7 @@ def paged_decode(
     `window`, a token sees itself and the `window - 1` before it; with `soft_cap`, logits pass
     through `soft_cap * tanh(logits / soft_cap)`.
     """
-    _check(q, pool, window, soft_cap)
+    _check(q, pool, scale, window, soft_cap)
     options = {"scale": scale, "window": window, "soft_cap": soft_cap}
     if backend in (Backend.PALLAS_TPU, Backend.PALLAS_TPU_INTERPRET):
         interpret = backend is Backend.PALLAS_TPU_INTERPRET
@@ -149,7 +150,7 @@ def paged_attention(
     The T axis is at least as long as the B axis. Where no kernel takes ragged rows, rows of one
     token go to `paged_decode`'s.
     """
-    _check(q, pool, window, soft_cap)
+    _check(q, pool, scale, window, soft_cap)
     _check_batch(q, batch)
     options = {"scale": scale, "window": window, "soft_cap": soft_cap}
     if backend in (Backend.REFERENCE, Backend.CPU):
@@ -194,6 +195,7 @@ def copy_blocks(
 def _check(
     q: Float[Array, "T N H"],
     pool: Float[Array, "P K S W"],
+    scale: float,
     window: int | None,
     soft_cap: float | None,
 ) -> None:
@@ -212,6 +214,11 @@ def _check(
         )
     if not S:
         raise ValueError(f"a block must have at least one slot, got a pool of {pool.shape}")
+    if not MIN_SCALE <= scale <= 1 / MIN_SCALE:
+        raise ValueError(
+            f"scale must be from {MIN_SCALE} to {1 / MIN_SCALE:g}, got {scale}; "
+            "it is 1 / sqrt(head size) in most models"
+        )
     if window is not None and window < 1:
         raise ValueError(
             f"window must be at least 1 (the token itself), got {window}; None is no window"

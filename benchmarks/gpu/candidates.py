@@ -4,11 +4,10 @@ A file is JSON: `{"32/8/128": [{...}, ...], ...}`, the fields of configurations 
 are for, or a list of them, for all heads or for those in a field `heads`. The default comes first.
 """
 
+import dataclasses
 import functools
-import inspect
 import json
 import pathlib
-import typing
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +16,9 @@ import jax.numpy as jnp
 
 from benchmarks.gpu import decode, prefill
 from benchmarks.gpu.settings import Record, Settings
+from pallas_kernels.gpu.decode import paged_decode
+from pallas_kernels.gpu.ragged import RaggedConfig, paged_prefill
+from pallas_kernels.gpu.tiles import DecodeConfig
 
 SHOWN = 3  # of the best configurations of a shape
 
@@ -27,17 +29,18 @@ def run(settings: Settings, record: Record) -> None:
         raise ValueError("the part candidates needs a file: --candidates FILE")
     contents = [json.loads(pathlib.Path(path).read_text()) for path in settings.candidates]
     found = [candidate for content in contents for candidate in read(content)]
-    for module, name, time_all in (
-        ("decode", "paged_decode", _time_decode),
-        ("ragged", "paged_prefill", _time_prefill),
+    for kernel, config_class, time_all in (
+        (paged_decode, DecodeConfig, _time_decode),
+        (paged_prefill, RaggedConfig, _time_prefill),
     ):
-        kernel = getattr(__import__(f"pallas_kernels.gpu.{module}", fromlist=[name]), name)
-        config_class = _config_class(kernel)
-        fields = set(inspect.signature(config_class).parameters)
+        fields = {field.name for field in dataclasses.fields(config_class)}
         mine = [one for one in found if set(one) - {"heads"} <= fields]
+        found = [one for one in found if one not in mine]
         if mine:
             kernel = functools.partial(kernel, interpret=settings.backend.endswith("interpret"))
             time_all(kernel, config_class, mine, settings, record)
+    if found:
+        raise ValueError(f"candidates whose fields no kernel has: {found[:3]}")
 
 
 def read(content: Any, heads: tuple[int, ...] | None = None) -> Iterator[dict]:
@@ -50,12 +53,6 @@ def read(content: Any, heads: tuple[int, ...] | None = None) -> Iterator[dict]:
         return
     for key, value in content.items():
         yield from read(value, tuple(map(int, key.split("/"))))
-
-
-def _config_class(kernel: Callable[..., Any]) -> Any:
-    """The dataclass in the annotation of `config`, which is that or None."""
-    annotation = inspect.signature(kernel).parameters["config"].annotation
-    return next(one for one in typing.get_args(annotation) if one is not type(None))
 
 
 def _configs(config_class: Any, found: list[dict], heads: tuple[int, ...]) -> dict[str, Any]:
@@ -81,7 +78,7 @@ def _time_decode(
     for shape in decode.shapes_for(settings):
         sides = {
             name: decode.Side(
-                functools.partial(attend, scale=shape.scale, config=config), 64, is_peer=True
+                functools.partial(attend, scale=shape.scale, config=config), is_peer=True
             )
             for name, config in _configs(config_class, found, shape.heads).items()
         }
@@ -114,7 +111,7 @@ def _time_prefill(
 def _record_best(name: str, prefix: str, results: dict[str, dict], record: Record) -> None:
     """The best of a shape, which must be right, the default's time, and all, best first."""
     named = {key.removeprefix(prefix).strip(): result for key, result in results.items()}
-    timed = {key: one for key, one in named.items() if "us" in one and one["ok"]}
+    timed = {key: one for key, one in named.items() if "us" in one and "error" not in one}
     ranked = sorted(timed, key=lambda key: timed[key]["us"])
     failed = {key: one.get("error", one) for key, one in named.items() if key not in timed}
     if not ranked:

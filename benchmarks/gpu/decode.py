@@ -86,8 +86,8 @@ class Side:
     """One way to attend: `attend(q, kv, tables, lens)`. A peer may fail, ours may not."""
 
     attend: Callable[..., Any]
-    most_calls: int
     layout: Layout = Layout.POOL
+    most_calls: int = 128
     is_peer: bool = False
 
 
@@ -103,10 +103,10 @@ def shapes_for(settings: Settings) -> list[DecodeShape]:
 
 def _sides(shape: DecodeShape, settings: Settings) -> dict[str, Side]:
     return {
-        settings.backend: Side(paged(shape, settings.backend), 128),
-        "xla": Side(paged(shape, "xla"), 2),
+        settings.backend: Side(paged(shape, settings.backend)),
+        "xla": Side(paged(shape, "xla"), most_calls=2),  # a call is a hundred kernels and more
         "contiguous": Side(
-            functools.partial(contiguous_attention, scale=shape.scale), 64, Layout.BY_HEAD
+            functools.partial(contiguous_attention, scale=shape.scale), Layout.BY_HEAD
         ),
     }
 

@@ -29,19 +29,19 @@ def run(settings: Settings, record: Record) -> None:
 def _sides(shape: DecodeShape) -> dict[str, Side]:
     sides = {
         "cudnn contiguous": Side(
-            functools.partial(_cudnn_contiguous, scale=shape.scale), 64, Layout.CONTIGUOUS, True
+            functools.partial(_cudnn_contiguous, scale=shape.scale), Layout.CONTIGUOUS, is_peer=True
         ),
         "cudnn paged": Side(
-            functools.partial(_cudnn_paged, scale=shape.scale), 64, Layout.PAGES, True
+            functools.partial(_cudnn_paged, scale=shape.scale), Layout.PAGES, is_peer=True
         ),
         "jax paged_attention": Side(
-            functools.partial(_jax_op, scale=shape.scale), 64, Layout.HEAD_PAGES, True
+            functools.partial(_jax_op, scale=shape.scale), Layout.HEAD_PAGES, is_peer=True
         ),
     }
     if _has_fa3():
         for splits in FA3_SPLITS:
             attend = functools.partial(_fa3, scale=shape.scale, num_splits=splits)
-            sides[f"fa3 {splits} splits"] = Side(attend, 64, Layout.PAGES, True)
+            sides[f"fa3 {splits} splits"] = Side(attend, Layout.PAGES, is_peer=True)
     return sides
 
 

@@ -26,7 +26,7 @@ def run(settings: Settings, record: Record) -> None:
 
 
 def _trace(case: Case, folder: str) -> None:
-    paged_step(case.engine, case.rows, case.context - STEPS)()
+    paged_step(case.engine, case.rows, case.context - STEPS - 2)()
     plan = case.engine.scheduler.schedule()
     assert plan is not None, "every row goes on"
     run_without_waiting(case.engine, plan)

@@ -20,6 +20,7 @@ import jax
 TARGET_S = 0.02  # of one repeat
 REPEATS = 7
 COMPILE_THREADS = 12
+MOST_TURNS = 128  # the smallest shapes so have 64 MiB in turn, a little more than that cache
 WORKING_SET = 512 * 2**20  # bytes that take turns: ten times the 50 MB of an H100's L2
 
 
@@ -42,9 +43,9 @@ class Chain:
         return jax.jit(run, donate_argnums=0).lower(x, turns, *rest)
 
 
-def num_turns(num_bytes: int, *, most: int = 128) -> int:
-    """How many arrays of so many bytes must take turns to exceed every cache."""
-    return min(most, max(2, math.ceil(WORKING_SET / num_bytes)))
+def num_turns(num_bytes: int) -> int:
+    """How many arrays of so many bytes take turns: enough to exceed every cache, or MOST_TURNS."""
+    return min(MOST_TURNS, max(2, math.ceil(WORKING_SET / num_bytes)))
 
 
 def compile_all(

@@ -18,7 +18,6 @@ from benchmarks.gpu.prefill import PrefillShape
 from benchmarks.gpu.settings import Record, Settings, describe
 from benchmarks.gpu.timing import REPEATS, TARGET_S, num_turns, spread
 
-MOST_TURNS = 64
 BUILD_S = 60  # for FlashInfer to compile its kernel, while the others are measured
 
 Attend = Callable[[int], Any]  # of which turn
@@ -122,7 +121,7 @@ def _random(*sizes: int) -> Any:
 
 
 def _turns_of(shape: DecodeShape) -> int:
-    return num_turns(shape.kv_bytes, most=MOST_TURNS)
+    return num_turns(shape.kv_bytes)
 
 
 def _pages(shape: DecodeShape, count: int) -> list:

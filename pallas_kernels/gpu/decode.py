@@ -4,7 +4,6 @@ pallas_kernels/README.md says why it is cut as it is.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +11,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.gpu.indices import indices
+from pallas_kernels.gpu.common import LOG2_E, check_dtypes, indices
 from pallas_kernels.gpu.merge import merge
 from pallas_kernels.gpu.splits import ceil_div, live_splits, max_splits
 from pallas_kernels.gpu.tiles import DecodeConfig, decode_config, padded_size
 from pallas_kernels.layout import MASKED
-
-DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
-LOG2_E = math.log2(math.e)  # the processor's exponential is that of base 2
 
 
 def paged_decode(
@@ -41,7 +37,7 @@ def paged_decode(
     `config` says how the work is cut, by default as `decode_config` finds. The query is rounded
     to the pool's dtype, which is bfloat16, float16 or float32: ValueError for another.
     """
-    _check(q, pool)
+    check_dtypes(q, pool)
     B, N, H = q.shape
     _, _, S, _ = pool.shape
     config = config or decode_config(H, pool.dtype)
@@ -71,15 +67,6 @@ def paged_decode(
         dtype=q.dtype,
         interpret=interpret,
     )
-
-
-def _check(q: Float[Array, "B N H"], pool: Float[Array, "P K S W"]) -> None:
-    """What this kernel asks beyond what `dispatch` asked for every backend."""
-    for name, array in (("q", q), ("the pool", pool)):
-        if array.dtype not in DTYPES:  # eight bits would wrap in Triton's offsets from 2 GiB on
-            raise ValueError(
-                f"{name} must be bfloat16, float16 or float32, got {array.dtype}; or use `xla`"
-            )
 
 
 def _decode_call(
@@ -185,7 +172,7 @@ def _decode_kernel(
         if soft_cap is None:
             logits_GC *= scale * LOG2_E
         else:
-            logits_GC = soft_cap * LOG2_E * jnp.tanh(logits_GC * (scale / soft_cap))
+            logits_GC = soft_cap * (LOG2_E * jnp.tanh(logits_GC * (scale / soft_cap)))
         logits_GC = jnp.where(visible_C[None, :], logits_GC, MASKED)
         new_high_G = jnp.maximum(high_G, jnp.max(logits_GC, axis=1))
         shrink_G = jnp.exp2(high_G - new_high_G)

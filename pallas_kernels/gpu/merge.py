@@ -9,6 +9,7 @@ from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.gpu.common import indices
 from pallas_kernels.gpu.splits import ceil_div, live_splits
 from pallas_kernels.gpu.tiles import padded_size
 from pallas_kernels.layout import MASKED
@@ -65,16 +66,10 @@ def _merge_kernel(
         high, total, values_H = state
         splits_X = turn * MERGED_SPLITS + jnp.arange(MERGED_SPLITS, dtype=jnp.int32)
         live_X = splits_X < num_splits
-        at_X = (jnp.full_like(splits_X, row), jnp.full_like(splits_X, head), splits_X)
+        at_X = indices(row, head, splits_X)
         highs_X = plt.load(highs_ref.at[at_X], mask=live_X, other=MASKED)
         totals_X = plt.load(totals_ref.at[at_X], mask=live_X, other=0.0)
-        shape = (MERGED_SPLITS, lanes_H.shape[0])
-        at_XH = (
-            jnp.full(shape, row),
-            jnp.full(shape, head),
-            jnp.broadcast_to(splits_X[:, None], shape),
-            jnp.broadcast_to(lanes_H[None, :], shape),
-        )
+        at_XH = indices(row, head, splits_X[:, None], lanes_H[None, :])
         seen_XH = live_X[:, None] & (lanes_H < H)[None, :]
         values_XH = plt.load(values_ref.at[at_XH], mask=seen_XH, other=0.0)
         new_high = jnp.maximum(high, jnp.max(highs_X))
@@ -88,5 +83,4 @@ def _merge_kernel(
     state = (jnp.float32(MASKED), jnp.float32(0), zeros_H)
     _, total, values_H = jax.lax.fori_loop(0, ceil_div(num_splits, MERGED_SPLITS), absorb, state)
     out_H = values_H / jnp.where(total > 0, total, 1)
-    at_H = (jnp.full_like(lanes_H, row), jnp.full_like(lanes_H, head), lanes_H)
-    plt.store(o_ref.at[at_H], out_H.astype(o_ref.dtype), mask=lanes_H < H)
+    plt.store(o_ref.at[indices(row, head, lanes_H)], out_H.astype(o_ref.dtype), mask=lanes_H < H)

@@ -10,7 +10,6 @@ else in the batch.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 
 import jax
@@ -19,11 +18,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.gpu.indices import indices
+from pallas_kernels.gpu.common import LOG2_E, check_dtypes, indices
+from pallas_kernels.gpu.tiles import MIN_TILE_TOKENS, padded_size
 from pallas_kernels.layout import MASKED, PagedBatch
 
-LOG2_E = math.log2(math.e)  # exp2 is one instruction, exp two
-MIN_DOT = 16  # the shortest axis of a matrix product
 SMALL_CAPABILITIES = ("8.6", "8.9", "12.0", "12.1")  # 99 KiB of shared memory, others 163 or more
 MAX_ELEMENTS = 2**31 - 1  # offsets into an array are int32
 
@@ -42,7 +40,11 @@ class RaggedConfig:
     num_stages: int = 3
 
     def __post_init__(self) -> None:
-        for name, least in (("query_rows", MIN_DOT), ("context_tokens", MIN_DOT), ("num_warps", 1)):
+        for name, least in (
+            ("query_rows", MIN_TILE_TOKENS),
+            ("context_tokens", MIN_TILE_TOKENS),
+            ("num_warps", 1),
+        ):
             value = getattr(self, name)
             if value < least or value & (value - 1):
                 raise ValueError(f"{name} must be a power of two of at least {least}, got {value}")
@@ -66,22 +68,18 @@ def paged_prefill(
 
     Slots behind a row's length or before all its windows and blocks that no row names may hold
     NaN. Padding tokens give their own query back: where the caller has no more use for `q`, the
-    answer takes its place. Raises ValueError for a dtype, a scale or a size that the kernel does
-    not take.
+    answer takes its place. Raises ValueError for a dtype or a size that the kernel does not take.
     """
     T, N, H = q.shape
     P, K, S, W = pool.shape
     B, M = batch.block_tables.shape
     G = N // K
-    _check(q, pool, scale)
+    _check(q, pool)
     config = config or default_config(q, pool)
     query_tokens = config.query_rows // G
     if query_tokens == 0:
         raise ValueError(f"query_rows={config.query_rows} has no room for {G} queries a KV head")
-    # A scatter, so that XLA writes these tokens and copies no others.
-    rows = jnp.arange(B)
-    tokens_B = jnp.where(rows < batch.num_decodes, rows, T + rows)
-    q = q.at[tokens_B].set(decoded.astype(q.dtype), mode="drop", unique_indices=True)
+    q = _with_decoded(q, batch, decoded)
     tiles = _list_tiles(batch, num_tokens=T, query_tokens=query_tokens)
     kernel = functools.partial(
         _prefill_kernel,
@@ -110,6 +108,19 @@ def paged_prefill(
     return out.reshape(T, N, H)
 
 
+def _with_decoded(
+    q: Float[Array, "T N H"], batch: PagedBatch, decoded: Float[Array, "B N H"]
+) -> Float[Array, "T N H"]:
+    """The queries, the answers of decode rows in place of theirs.
+
+    A scatter, so that XLA writes these tokens and copies no others.
+    """
+    T, B = q.shape[0], decoded.shape[0]
+    rows = jnp.arange(B)
+    tokens_B = jnp.where(rows < batch.num_decodes, rows, T + rows)
+    return q.at[tokens_B].set(decoded.astype(q.dtype), mode="drop", unique_indices=True)
+
+
 def default_config(
     q: Float[Array, "T N H"], pool: Float[Array, "P K S W"], *, small: bool | None = None
 ) -> RaggedConfig:
@@ -119,7 +130,7 @@ def default_config(
     program has 99 KiB of shared memory at most; by default the first device is asked.
     """
     _, N, H = q.shape
-    lanes, rows = pl.next_power_of_2(H), pl.next_power_of_2(N // pool.shape[1])
+    lanes, rows = padded_size(H), pl.next_power_of_2(N // pool.shape[1])
     if pool.dtype == jnp.float32:  # without matrix instructions operands fill the registers
         size, num_warps = (32, 4) if lanes <= 64 else (16, 8)
         return RaggedConfig(
@@ -142,20 +153,13 @@ def _is_small() -> bool:
     return getattr(jax.devices()[0], "compute_capability", None) in SMALL_CAPABILITIES
 
 
-def _check(q: Float[Array, "T N H"], pool: Float[Array, "P K S W"], scale: float) -> None:
-    """What this kernel asks beyond what `dispatch` asked for every backend."""
-    for name, array in (("q", q), ("the pool", pool)):
-        if array.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-            raise ValueError(
-                f"{name} must be bfloat16, float16 or float32, got {array.dtype}; use `xla`"
-            )
+def _check(q: Float[Array, "T N H"], pool: Float[Array, "P K S W"]) -> None:
+    check_dtypes(q, pool)
     if q.size > MAX_ELEMENTS:
         raise ValueError(
             f"q must have at most {MAX_ELEMENTS} elements, got {q.size}: offsets are int32; "
             "use fewer tokens, or `xla`"
         )
-    if not 1e-6 <= scale <= 1e6:
-        raise ValueError(f"scale must be from 1e-6 to 1e6, got {scale}; use `xla`")
 
 
 def _list_tiles(
@@ -213,7 +217,7 @@ def _prefill_kernel(
         last = first + num_tokens - 1
         rows_Q = jnp.arange(query_rows, dtype=jnp.int32)
         tokens_Q = rows_Q // G
-        lanes_H = jnp.arange(max(MIN_DOT, pl.next_power_of_2(H)), dtype=jnp.int32)
+        lanes_H = jnp.arange(padded_size(H), dtype=jnp.int32)
         q_offsets_Q = (first_token + tokens_Q) * N + head * G + rows_Q % G
         q_offsets_QH = q_offsets_Q[:, None] * H + lanes_H[None, :]
         # Where G is no power of two, the tile's last rows are the first of the next one.

@@ -115,8 +115,9 @@ def test_what_comes_back_is_written_in_place():
 
 
 def test_a_space_keeps_blocks_of_any_number_and_returns_them_by_name():
-    space, shape = SwapSpace(90, (3, 2), np.float32), (2 * MAX_MOVED, 3, 2)
-    blocks = np.random.default_rng(0).random(shape, np.float32)
+    shape = (3, 2, 1, 4)
+    space = SwapSpace(90, shape, np.float32)
+    blocks = np.random.default_rng(0).random((2 * MAX_MOVED, *shape), np.float32)
     moves = [(block, (7 * block) % 90) for block in range(MAX_MOVED + 5)]
     for block_ids, space_ids in transfers(moves):
         space.receive(space_ids, jax.device_put(blocks[padded_ids(block_ids, 0)]))

@@ -198,6 +198,8 @@ def test_bfloat16_agrees_with_float32_within_its_tolerance(backend: Backend):
         ({"q": jnp.zeros((7, 6, 8))}, "2 x 8 lanes for this query, got 32; make the pool with"),
         ({"pool": jnp.zeros((4, 0, 8, 32))}, "multiple of KV heads, got 6 and 0"),
         ({"pool": jnp.zeros((4, 3, 0, 32))}, r"at least one slot, got a pool of \(4, 3, 0, 32\)"),
+        ({"scale": 0.0}, "scale must be from 1e-06 to 1e[+]06, got 0.0; it is 1 / sqrt"),
+        ({"scale": float("nan")}, "scale must be .*, got nan"),
         ({"window": 0}, r"window must be at least 1 \(the token itself\), got 0; None is"),
         ({"window": -3}, "window must be at least 1 .*, got -3"),
         ({"soft_cap": 0.0}, "soft_cap must be positive and finite .*, got 0.0; None is"),

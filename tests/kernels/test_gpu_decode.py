@@ -11,8 +11,8 @@ import pytest
 from jaxtyping import TypeCheckError
 
 from pallas_kernels import Backend
-from pallas_kernels.gpu import DecodeConfig, decode_config
 from pallas_kernels.gpu.decode import paged_decode
+from pallas_kernels.gpu.tiles import DecodeConfig, decode_config
 from tests.helpers import TOLERANCES, assert_close
 from tests.kernels.cases import SCALE, Case, dense, make_case, rounded, run
 
