@@ -127,6 +127,8 @@ def _prompts(args: argparse.Namespace) -> list[str]:
 def _read(path: pathlib.Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"cannot read --prompts-file {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is not text in UTF-8 (byte {error.start}: {error.reason}); save it as UTF-8"

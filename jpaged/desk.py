@@ -1,5 +1,6 @@
 """Where requests are handed in and their answers handed out, whoever drives the steps."""
 
+import threading
 from collections.abc import Iterator
 
 from tqdm import tqdm
@@ -29,6 +30,7 @@ class Desk:
         self._news: dict[str, Request] = {}  # those that changed since a caller asked
         self._news_lost = False  # whether a step was interrupted before its news were kept
         self._closed = False
+        self._stepper: int | None = None  # the thread in whose hands the engine is
 
     @property
     def has_news(self) -> bool:
@@ -154,11 +156,21 @@ class Desk:
     def _advance(self) -> None:
         """One step; its news are kept until the caller they belong to takes them."""
         self._check_open()
+        stepper, me = self._stepper, threading.get_ident()
+        if stepper not in (None, me):
+            raise RuntimeError(
+                "another thread runs a step of this LLM, which is for one thread at a time; use "
+                "AsyncLLM to serve many"
+            )
         if self._news_lost:
             self._news.update(self._requests)
         self._news_lost = True
-        for sequence in self.recorder.run(self.engine.step):
-            self._news[sequence.request.request_id] = sequence.request
+        try:
+            self._stepper = me
+            for sequence in self.recorder.run(self.engine.step):
+                self._news[sequence.request.request_id] = sequence.request
+        finally:
+            self._stepper = None
         self._news_lost = False
 
     def _is_taken(self, request_id: str) -> bool:

@@ -112,7 +112,11 @@ class LLM:
         self._maker = RequestMaker(self.model_config, self.tokenizer, seed=options.seed)
         self._desk = Desk(self.engine, self._maker)
         if warm_up:
-            self.engine.runner.warm_up(progress=use_tqdm)
+            try:
+                self.engine.runner.warm_up(progress=use_tqdm)
+            except BaseException:  # whoever keeps the traceback would keep weights and pool
+                self.close()
+                raise
 
     def generate(
         self,

@@ -16,6 +16,11 @@ class Outputs(enum.Enum):
 
 
 @dataclasses.dataclass(frozen=True)
+class Zeros:
+    """`() -> (pool, state)`: both hold nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
 class PlainStep:
     """`(params, pool, state, packed batch) -> (pool, state, out)`: a step of one bucket."""
 
@@ -40,6 +45,11 @@ class Prepare:
 
 
 @dataclasses.dataclass(frozen=True)
+class ZeroShape:
+    """`() -> shape`: what bends the logits, of rows that bend nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
 class StartShape:
     """`(shape, packed start) -> shape`: enters what bends the logits of a row."""
 
@@ -54,4 +64,6 @@ class WriteBlocks:
     """`(pool, block ids, blocks) -> pool`: what comes back from there."""
 
 
-Program = PlainStep | ShapedStep | Prepare | StartShape | ReadBlocks | WriteBlocks
+Program = (
+    Zeros | PlainStep | ShapedStep | Prepare | ZeroShape | StartShape | ReadBlocks | WriteBlocks
+)

@@ -22,6 +22,8 @@ from jpaged.programs import (
     ShapedStep,
     StartShape,
     WriteBlocks,
+    Zeros,
+    ZeroShape,
 )
 from jpaged.shape_batch import pack_shape_batch, pack_shape_starts, shaping_rows
 from jpaged.state import LogitShape
@@ -58,7 +60,8 @@ class Runner:
         self.programs: dict[Program, jax.stages.Compiled] = {}
         self.shape: LogitShape | None = None
         self.lazy_compiles = 0
-        self.pool, self.state = jax.jit(self.step.zeros)()
+        self._zeros = self.compile(Zeros())
+        self.pool, self.state = self._zeros()
         self.swap_space = self._empty_space()
 
     def reset(self) -> None:
@@ -67,7 +70,7 @@ class Runner:
         _delete((self.pool, self.state, self.shape))
         self.shape = None  # until a request needs it again
         self.swap_space = self._empty_space()  # nobody will come back for what lay there
-        self.pool, self.state = jax.jit(self.step.zeros)()
+        self.pool, self.state = self._zeros()
 
     def run(self, plan: StepPlan, outputs: Outputs = Outputs.TOKENS) -> StepOutput:
         """The plan's results, still on the device. If it raises, pool and state may be gone."""
@@ -99,7 +102,11 @@ class Runner:
         with ThreadPoolExecutor(COMPILE_THREADS) as threads:
             compiled = threads.map(self.compile, missing)
             bar = tqdm(compiled, "compiling", len(missing), disable=not progress, leave=False)
-            self.programs.update(zip(missing, bar, strict=True))
+            try:
+                self.programs.update(zip(missing, bar, strict=True))
+            except BaseException:  # an interrupt should not wait for what has not begun
+                threads.shutdown(wait=False, cancel_futures=True)
+                raise
 
     def compile(self, program: Program) -> jax.stages.Compiled:
         """The executable of a program; its `memory_analysis()` is exact."""
@@ -153,7 +160,7 @@ class Runner:
         """Enters what bends the logits of rows that start, of all where there was no state yet."""
         is_late = self.shape is None
         if self.shape is None:
-            self.shape = jax.jit(self.step.zero_shape)()
+            self.shape = self._program(ZeroShape())()
         start = self._program(StartShape())
         limits = {"padding_row": self.config.max_num_seqs, "vocab_size": self.model.vocab_size}
         for row in rows:

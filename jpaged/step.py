@@ -29,6 +29,8 @@ from jpaged.programs import (
     ShapedStep,
     StartShape,
     WriteBlocks,
+    Zeros,
+    ZeroShape,
 )
 from jpaged.sampling import TopLogprobs, sample, top_logprobs
 from jpaged.shape_batch import shape_batch_spec, shape_start_spec
@@ -104,7 +106,12 @@ class Step:
         """
         pools, state, shape = jax.eval_shape(lambda: (*self.zeros(), self.zero_shape()))
         function: Callable[..., Any]
+        kept, donated, sent = [], [], []
         match program:
+            case Zeros():
+                function = self.zeros
+            case ZeroShape():
+                function = self.zero_shape
             case PlainStep(bucket, outputs):
                 function = functools.partial(self._step, bucket=bucket, outputs=outputs)
                 kept, donated = [self.param_specs], [pools, state]
@@ -114,15 +121,15 @@ class Step:
                 kept, donated = [self.param_specs], [pools, state, shape]
                 sent = [packed_spec(self._shaped_batch_spec(bucket))]
             case Prepare():
-                function, kept, donated = self._prepare, [], [pools, state]
+                function, donated = self._prepare, [pools, state]
                 sent = [packed_spec(preparation_spec(self.config.max_num_seqs))]
             case StartShape():
-                function, kept, donated = _start_shape, [], [shape]
+                function, donated = _start_shape, [shape]
                 sent = [packed_spec(shape_start_spec())]
             case ReadBlocks():
-                function, kept, donated, sent = read_blocks, [pools], [], [_MOVED_IDS]
+                function, kept, sent = read_blocks, [pools], [_MOVED_IDS]
             case WriteBlocks():
-                function, kept, donated = write_blocks, [], [pools]
+                function, donated = write_blocks, [pools]
                 sent = [_MOVED_IDS, jax.eval_shape(read_blocks, pools, _MOVED_IDS)]
         donate_argnums = range(len(kept), len(kept) + len(donated))
         jitted = jax.jit(function, donate_argnums=tuple(donate_argnums))

@@ -59,6 +59,20 @@ def test_closing_in_the_middle_of_a_stream_frees_everything_and_is_safe_to_repea
     assert llm.stats().blocks_used == 0
 
 
+def test_an_interrupted_warm_up_leaves_no_bytes_behind(
+    model_dir: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    before = device_bytes()
+    monkeypatch.setattr("jpaged.runner.tqdm", interrupt)
+    with pytest.raises(KeyboardInterrupt) as kept:  # and with it every frame of the call
+        LLM(model_dir, **OPTIONS)
+    assert kept.tb is not None
+    assert device_bytes() == before
+
+
 def test_a_model_that_cannot_be_loaded_leaves_no_bytes_behind(tmp_path: pathlib.Path):
     tensors = llama_tensors()
     del tensors["model.layers.1.mlp.down_proj.weight"]

@@ -1,5 +1,7 @@
 """What the desk does for its callers costs no more than what they read."""
 
+import threading
+
 import pytest
 
 from jpaged import desk
@@ -31,3 +33,25 @@ def test_a_step_makes_one_output_for_each_request_that_changed(monkeypatch: pyte
     while llm.has_unfinished_requests:
         made.clear()
         assert len(llm.step()) == len(made) <= 1
+
+
+def test_another_thread_is_sent_away_while_a_step_runs(monkeypatch: pytest.MonkeyPatch):
+    llm, refusals = llm_over(tiny_engine()), []
+    step = llm.engine.step
+
+    def intrude() -> None:
+        with pytest.raises(RuntimeError, match="one thread at a time; use AsyncLLM") as refusal:
+            llm.generate([make_prompt(4)])
+        refusals.append(refusal)
+
+    def step_with_a_visitor():
+        thread = threading.Thread(target=intrude)
+        thread.start()
+        thread.join()
+        return step()
+
+    monkeypatch.setattr(llm.engine, "step", step_with_a_visitor)
+    (output,) = llm.generate([make_prompt(5)], SamplingParams(temperature=0, max_tokens=3))
+    assert len(output.outputs[0].token_ids) == 3
+    assert len(refusals) == 3
+    assert llm.stats().blocks_used == 0

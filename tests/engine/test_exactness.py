@@ -4,13 +4,16 @@
 """
 
 import pathlib
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
+from benchmarks import baseline_model
+from benchmarks.baseline import Baseline
 from jpaged.engine import Engine
 from jpaged.requests import Request, Sequence
-from jpaged_models import Decoder, Tokenizer
+from jpaged_models import Checkpoint, Decoder, Tokenizer
 from pallas_kernels import Backend, default_backend
 from tests.engine.prose import FEW_LENGTHS, TEXT, prompts_of
 from tests.helpers import (
@@ -64,15 +67,16 @@ def test_logits_and_greedy_tokens_equal_those_of_transformers(
         smollm2_decoder, backend=Backend(backend), max_num_seqs=7, max_model_len=300, **limits
     )
     requests = golden_requests(golden)
-    worst = watch_logits(engine, requests, golden)
+    watched = watch_logits(engine, requests, golden)
     run_to_end(engine, requests[::-1])  # the longest first, which takes most of the pool
     stats = engine.stats()
     assert (stats.preemptions > 0) == (limits["num_blocks"] == 25)
     assert (stats.swapped_in_blocks > 0) == ("num_swap_blocks" in limits)
     assert_golden_tokens(requests, golden)
-    print(f"largest relative error of a logit: {max(worst.values()):.1e}")
-    assert max(worst.values()) <= TOLERANCES["float32"].logits, worst
-    assert len(worst) == len(requests)
+    print(f"largest relative error of a logit: {max(watched.worst.values()):.1e}")
+    assert max(watched.worst.values()) <= TOLERANCES["float32"].logits, watched.worst
+    every = {i: set(range(r.sequences[0].num_tokens - 1)) for i, r in enumerate(requests)}
+    assert watched.positions == every
 
 
 def test_warm_and_forked_answers_equal_those_of_transformers(
@@ -90,7 +94,7 @@ def test_warm_and_forked_answers_equal_those_of_transformers(
     run_to_end(engine, golden_requests(golden))
     cold = engine.stats()
     warm, forked = golden_requests(golden), golden_requests(golden, n=3)
-    worst = watch_logits(engine, warm, golden)
+    worst = watch_logits(engine, warm, golden).worst
     run_to_end(engine, warm)
     assert engine.stats().hit_rate > cold.hit_rate
     assert_golden_tokens(warm, golden)
@@ -98,6 +102,18 @@ def test_warm_and_forked_answers_equal_those_of_transformers(
     run_to_end(engine, forked)
     assert engine.stats().copied_blocks > 0
     assert_golden_tokens(forked, golden)
+
+
+def test_the_unpaged_baseline_says_what_transformers_says(
+    golden: dict[str, np.ndarray], smollm2_checkpoint: Checkpoint
+):
+    params = baseline_model.load_params(smollm2_checkpoint)
+    baseline = Baseline(smollm2_checkpoint.config, params, num_rows=4, reserved=320)
+    expected = [golden[f"{index}/tokens"].tolist() for index in range(len(FEW_LENGTHS))]
+    prompts = [golden[f"{index}/prompt"].tolist() for index in range(len(FEW_LENGTHS))]
+    found = baseline.generate(prompts, [len(tokens) for tokens in expected], ignore_eos=False)
+    margins = [golden[f"{index}/margins"].tolist() for index in range(len(FEW_LENGTHS))]
+    assert_greedy_tokens_agree(found, expected, margins)
 
 
 def assert_golden_tokens(requests: list[Request], golden: dict[str, np.ndarray]) -> None:
@@ -115,12 +131,17 @@ def test_no_golden_margin_is_a_near_tie(golden: dict[str, np.ndarray]):
         assert golden[f"{index}/margins"].min() > NEAR_TIE
 
 
-def watch_logits(
-    engine: Engine, requests: list[Request], golden: dict[str, np.ndarray]
-) -> dict[int, float]:
-    """From now on, the largest error of each request's logits, as a share of the largest logit."""
+class Watched(NamedTuple):
+    """Of each request, the largest error as a share of the largest logit, and where one looked."""
+
+    worst: dict[int, float]
+    positions: dict[int, set[int]]
+
+
+def watch_logits(engine: Engine, requests: list[Request], golden: dict[str, np.ndarray]) -> Watched:
+    """Watches the logits of each request's first sequence from now on."""
     numbers = {request.sequences[0]: index for index, request in enumerate(requests)}
-    worst: dict[int, float] = {}
+    watched = Watched({}, {})
 
     def record(sequence: Sequence, start: int, logits: np.ndarray) -> None:
         index = numbers.get(sequence)
@@ -133,7 +154,8 @@ def watch_logits(
         )
         expected = np.concatenate([expected, largest[:, None]], axis=1)
         error = np.max(np.abs(found - expected) / largest[:, None])
-        worst[index] = max(worst.get(index, 0.0), float(error))
+        watched.worst[index] = max(watched.worst.get(index, 0.0), float(error))
+        watched.positions.setdefault(index, set()).update(range(start, start + len(logits)))
 
     record_logits(engine, record)
-    return worst
+    return watched

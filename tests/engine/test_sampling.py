@@ -167,6 +167,23 @@ def test_noise_is_bit_equal_alone_in_a_batch_of_32_and_in_another_order():
         np.testing.assert_array_equal(alone[0], together[row])
 
 
+def test_noise_is_the_same_in_every_version_of_jax_and_not_drawn_for_padding():
+    rows = make_rows(2, seeds=jnp.asarray([7, -3]), seed_high=5, index=1)
+    found = np.asarray(noise(rows, jnp.asarray([17, 4000]), vocab_size=49152))
+    first, last = [-0.58175355, -0.6738815, 1.9379344], [2.1034818, -0.37160644, 0.13529445]
+    np.testing.assert_array_equal(found[0, :3], np.asarray(first, np.float32))
+    np.testing.assert_array_equal(found[1, -3:], np.asarray(last, np.float32))
+
+
+def test_no_program_sorts_the_vocabulary():
+    logits, positions = jnp.zeros((3, 49152)), jnp.zeros(3, jnp.int32)
+    filtered = make_rows(3, top_k=40, top_p=0.9, min_p=0.05)
+    text = jax.jit(sample).lower(logits, filtered, positions).compile().as_text()
+    assert text is not None
+    assert "fusion" in text
+    assert " sort(" not in text
+
+
 def test_seed_halves_index_and_position_each_change_the_noise():
     kinds = [{}, {"seeds": 1}, {"seed_high": 1}, {"index": 1}]
     found = [noise(make_rows(1, **kind), jnp.asarray([7]), vocab_size=V) for kind in kinds]
