@@ -120,7 +120,7 @@ def test_the_unpaged_baselines_tokens_equal_those_of_transformers(
     params = baseline_model.load_params(smollm2_checkpoint)
     baseline = Baseline(smollm2_checkpoint.config, params, num_rows=8, reserved=MAX_MODEL_LEN)
     assert_greedy_tokens_agree(
-        baseline.generate(prompts, [NUM_TOKENS] * len(prompts), ignore_eos=False),
+        baseline.generate(prompts, [NUM_TOKENS] * len(prompts), ignore_eos=True),
         [greedy.tokens for greedy in expected],
         [greedy.margins for greedy in expected],
     )
