@@ -26,7 +26,7 @@ from benchmarks.gpu.inputs import (
     shuffled_tables,
 )
 from benchmarks.gpu.settings import Record, Settings, describe
-from benchmarks.gpu.timing import Chain, compile_all, num_turns, time_chain
+from benchmarks.gpu.timing import MOST_TURNS, Chain, compile_all, num_turns, time_chain
 from pallas_kernels import Backend, paged_decode
 
 DTYPE = "bfloat16"
@@ -87,7 +87,7 @@ class Side:
 
     attend: Callable[..., Any]
     layout: Layout = Layout.POOL
-    most_calls: int = 128
+    most_calls: int = MOST_TURNS
     is_peer: bool = False
 
 

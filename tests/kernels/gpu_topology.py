@@ -56,6 +56,7 @@ GPUS = {
         shared_memory=228,
     ),
 }
+HEADS = [(32, 8, 128), (9, 3, 64), (14, 2, 64), (8, 2, 80), (7, 1, 96), (4, 1, 256)]
 # Spilled registers, and more shared memory than a program can have, are errors.
 XLA_FLAGS = (
     "--xla_gpu_fail_ptx_compilation_on_register_spilling=true --xla_dump_emitter_re=.* "
@@ -96,6 +97,18 @@ def missing_cuda() -> str | None:
     if len(set(versions.values())) > 1:
         return f"versions differ: {versions} (make gpu-aot)"
     return None
+
+
+def num_lowered_for_cuda(function: Callable[..., Any], arguments: tuple[Any, ...]) -> int:
+    """Kernels of a function that come as far as Triton's language; this needs no plugin."""
+    import jax
+    from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+    device = AbstractDevice("NVIDIA H100", 132, "gpu")
+    mesh = AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
+    return lowered.as_text().count("__gpu$xla.gpu.triton")
 
 
 def compile_for_gpu(

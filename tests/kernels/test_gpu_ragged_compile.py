@@ -8,13 +8,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from pallas_kernels import PagedBatch, pool_shape
 from pallas_kernels.gpu import ragged
-from tests.kernels.gpu_topology import GPUS, compile_for_gpu, missing_cuda
-
-HEADS = [(32, 8, 128), (9, 3, 64), (14, 2, 64), (8, 2, 80), (7, 1, 96), (4, 1, 256)]
+from tests.kernels.gpu_topology import (
+    GPUS,
+    HEADS,
+    compile_for_gpu,
+    missing_cuda,
+    num_lowered_for_cuda,
+)
 
 with_compiler = pytest.mark.skipif(missing_cuda() is not None, reason=missing_cuda() or "")
 
@@ -29,16 +32,7 @@ with_compiler = pytest.mark.skipif(missing_cuda() is not None, reason=missing_cu
     ids=str,
 )
 def test_prefill_lowers_for_cuda(options: dict[str, Any]):
-    lower_for_cuda(*build_prefill(**options))
-
-
-def lower_for_cuda(function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    """Through Pallas and into Triton's language, which needs neither a GPU nor a plugin."""
-    device = AbstractDevice("NVIDIA H100", 132, "gpu")
-    mesh = AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh):
-        lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
-    assert lowered.as_text().count("__gpu$xla.gpu.triton") == 1
+    assert num_lowered_for_cuda(*build_prefill(**options)) == 1
 
 
 @with_compiler
