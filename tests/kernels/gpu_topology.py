@@ -7,19 +7,14 @@ From a shell, in the repository's root, the same:
 """
 
 import dataclasses
-import importlib
 import importlib.metadata
-import json
-import os
 import pathlib
 import re
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
-ROOT = pathlib.Path(__file__).parents[2]
+from tests.kernels.aot import compile_apart, compiled_fields, print_compiled
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,29 +123,18 @@ def compile_for_gpu(
         options: what `target` is called with.
         timeout: seconds.
     """
-    command = [sys.executable, "-m", __name__, chip, target, json.dumps(options or {})]
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "models")])
     with tempfile.TemporaryDirectory() as folder:
         environment = {
             "JAX_PLATFORMS": "cpu",
             "LLVM_DISABLE_SYMBOLIZATION": "1",  # of an error: it takes minutes
-            "PYTHONPATH": paths,
             "PYTHONWARNINGS": "ignore::DeprecationWarning",
             "XLA_FLAGS": XLA_FLAGS + folder,
         }
-        run = subprocess.run(
-            command,
-            env=os.environ | environment,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
+        fields = compile_apart(
+            __name__, chip, target, options, environment=environment, timeout=timeout
         )
-        if run.returncode:
-            raise RuntimeError(f"{target} did not compile for {chip}:\n{run.stderr[-4000:]}")
         thunks = [path.read_text() for path in pathlib.Path(folder).glob("*.thunk_sequence.txt")]
-    return Compiled(**json.loads(run.stdout.splitlines()[-1]), kernels=_kernels("".join(thunks)))
+    return Compiled(**fields, kernels=_kernels("".join(thunks)))
 
 
 def _kernels(thunks: str) -> list[Kernel]:
@@ -181,20 +165,8 @@ def compile_here(
     )
     mesh = topologies.make_mesh(devices, (1,), ("x",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    specs = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), arguments
-    )
-    jitted: Any = function if hasattr(function, "lower") else jax.jit(function)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        compiled = jitted.lower(*specs).compile()
-    memory = compiled.memory_analysis()
-    return {
-        "argument_bytes": memory.argument_size_in_bytes,
-        "output_bytes": memory.output_size_in_bytes,
-        "alias_bytes": memory.alias_size_in_bytes,
-        "temporary_bytes": memory.temp_size_in_bytes,
-        "hlo": compiled.as_text(),
-    }
+        return compiled_fields(function, arguments, sharding)
 
 
 def _target_config(gpu: Gpu) -> str:
@@ -226,14 +198,5 @@ def _target_config(gpu: Gpu) -> str:
         }}"""
 
 
-def main() -> None:
-    """Builds and compiles what the command line names, and prints one JSON line."""
-    chip, target, options = sys.argv[1:]
-    module, _, name = target.partition(":")
-    build = getattr(importlib.import_module(module), name)
-    function, arguments = build(**json.loads(options))
-    print(json.dumps(compile_here(function, arguments, chip)))
-
-
 if __name__ == "__main__":
-    main()
+    print_compiled(compile_here)

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import Backend, pool_shape, write_kv
+from pallas_kernels import pool_shape
 from pallas_kernels.tpu import decode
+from tests.kernels.aot import write_before
 from tests.kernels.tpu_topology import compile_for_tpu, missing_libtpu
 
 pytestmark = pytest.mark.skipif(missing_libtpu() is not None, reason=missing_libtpu() or "")
@@ -78,12 +79,4 @@ def build_decode(
 
 def build_write_and_decode(**options: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """A step's use of one layer's pool, donated: new K and V are written, then read."""
-    attend, (q, pool, block_tables, seq_lens) = build_decode(**options)
-    B, K, H = q.shape[0], pool.shape[1], q.shape[2]
-
-    def step(pool, q, k, v, slots, block_tables, seq_lens):
-        pool = write_kv(pool, k, v, slots, backend=Backend.XLA)
-        return pool, attend(q, pool, block_tables, seq_lens)
-
-    new = jax.ShapeDtypeStruct((B, K, H), q.dtype)
-    return jax.jit(step, donate_argnums=0), (pool, q, new, new, seq_lens, block_tables, seq_lens)
+    return write_before(*build_decode(**options))

@@ -7,17 +7,12 @@ From a shell, in the repository's root, the same:
 """
 
 import dataclasses
-import importlib
 import importlib.util
-import json
-import os
-import pathlib
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-ROOT = pathlib.Path(__file__).parents[2]
+from tests.kernels.aot import compile_apart, compiled_fields, print_compiled
+
 TOPOLOGIES = {
     "v4": "v4:2x2x1",
     "v5e": "v5e:2x2",
@@ -67,24 +62,16 @@ def compile_for_tpu(
         options: what `target` is called with.
         timeout: seconds.
     """
-    command = [sys.executable, "-m", __name__, chip, target, json.dumps(options or {})]
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "models")])
-    run = subprocess.run(
-        command,
-        env=os.environ | ENVIRONMENT | {"PYTHONPATH": paths},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
+    fields = compile_apart(
+        __name__, chip, target, options, environment=ENVIRONMENT, timeout=timeout
     )
-    if run.returncode:
-        raise RuntimeError(f"{target} did not compile for {chip}:\n{run.stderr[-4000:]}")
-    return Compiled(**json.loads(run.stdout.splitlines()[-1]))
+    return Compiled(**fields)
 
 
-def compile_here(function: Callable[..., Any], arguments: tuple[Any, ...], chip: str) -> Compiled:
-    """Compiles in this process, which must have started with ENVIRONMENT."""
+def compile_here(
+    function: Callable[..., Any], arguments: tuple[Any, ...], chip: str
+) -> dict[str, Any]:
+    """The fields of `Compiled`; this process must have started with ENVIRONMENT."""
     import jax
     import numpy as np
     from jax.experimental import topologies
@@ -92,30 +79,9 @@ def compile_here(function: Callable[..., Any], arguments: tuple[Any, ...], chip:
     devices = topologies.get_topology_desc(TOPOLOGIES[chip], platform="tpu").devices
     mesh = jax.sharding.Mesh(np.array(devices[:1]), ("x",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    specs = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), arguments
-    )
-    jitted: Any = function if hasattr(function, "lower") else jax.jit(function)
     with jax.set_mesh(mesh):
-        compiled = jitted.lower(*specs).compile()
-    memory = compiled.memory_analysis()
-    return Compiled(
-        argument_bytes=memory.argument_size_in_bytes,
-        output_bytes=memory.output_size_in_bytes,
-        alias_bytes=memory.alias_size_in_bytes,
-        temporary_bytes=memory.temp_size_in_bytes,
-        hlo=compiled.as_text(),
-    )
-
-
-def main() -> None:
-    """Builds and compiles what the command line names, and prints one JSON line."""
-    chip, target, options = sys.argv[1:]
-    module, _, name = target.partition(":")
-    build = getattr(importlib.import_module(module), name)
-    function, arguments = build(**json.loads(options))
-    print(json.dumps(dataclasses.asdict(compile_here(function, arguments, chip))))
+        return compiled_fields(function, arguments, sharding)
 
 
 if __name__ == "__main__":
-    main()
+    print_compiled(compile_here)
