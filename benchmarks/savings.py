@@ -1,0 +1,202 @@
+"""What sharing and swapping buy: one model in one small pool, with each of them and without.
+
+python -m benchmarks.savings [--trace lengths.csv]
+
+n answers to each prompt, once with their prompt computed once and its blocks shared, once as n
+requests that share nothing; requests behind one system prompt, with the prefix cache and without;
+and a crowd that the pool cannot hold, its preempted sequences swapped to host memory or computed
+again. Prompts are random tokens, lengths of answers are forced. Rates count generated tokens; all
+runs of a pair generate the same number of them.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.arguments import at_least_one, existing_file
+from benchmarks.lengths import RequestLengths, random_prompts, sharegpt_lengths, trace_lengths
+from benchmarks.measure import Timing, interleaved, provenance
+from jpaged import LLM, SamplingParams
+
+SHARED, UNSHARED, SWAPPING = "sharing", "without", "swapping"
+ENGINES: dict[str, dict[str, Any]] = {
+    SHARED: {"enable_prefix_caching": True},
+    UNSHARED: {"enable_prefix_caching": False},
+    SWAPPING: {"enable_prefix_caching": False, "swap_space": 1.0},
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one engine is asked: `n` answers to each prompt."""
+
+    engine: str
+    prompts: list[list[int]]
+    max_tokens: list[int]
+    n: int = 1
+
+    @property
+    def num_tokens(self) -> int:
+        """That it generates."""
+        return self.n * sum(self.max_tokens)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Used:
+    """What a run took of the engine."""
+
+    computed_tokens: int
+    steps: int
+    preemptions: int
+    swapped_out_blocks: int
+    mean_rows: float  # sequences in a step
+
+
+def main() -> None:
+    """Prints a table for people and, last, one JSON line."""
+    options = _options()
+    engines = {name: _engine(options, extra) for name, extra in ENGINES.items()}
+    pairs = _pairs(options, vocab_size=engines[SHARED].engine.runner.model.vocab_size)
+    used: dict[str, Used] = {}
+
+    def run(name: str, work: Work) -> None:
+        used[name] = _run(engines[work.engine], work)
+
+    runs = {
+        f"{title}, {work.engine}": functools.partial(run, f"{title}, {work.engine}", work)
+        for title, pair in pairs.items()
+        for work in pair
+    }
+    timings = interleaved(runs, repeats=options.repeats)
+    report = [_compared(title, pair, timings, used) for title, pair in pairs.items()]
+    _print_table(report)
+    model = engines[SHARED].model_source
+    figures = {"benchmark": "savings", "num_blocks": options.num_blocks, "pairs": report}
+    lengths = options.trace or f"ShareGPT's law, seed {options.seed}"
+    print(json.dumps({**figures, "lengths": lengths, "model": model, **provenance()}))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.savings",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", help="directory, .gguf file or hub id; by default the default model")
+    add("--dtype", default="float32")
+    add("--trace", type=existing_file, help="CSV with input_tokens, output_tokens, or Mooncake")
+    add("--sequences", type=at_least_one, default=48, help="answers of each run, about")
+    add("--parallel", type=at_least_one, nargs="+", default=[2, 4, 6], help="answers to a prompt")
+    add("--system-prompt", type=at_least_one, default=512, help="its tokens")
+    add("--max-input", type=at_least_one, default=512, help="longer prompts are clipped")
+    add("--max-output", type=at_least_one, default=128, help="longer answers are clipped")
+    add("--num-blocks", type=at_least_one, default=513, help="of each engine, null block counted")
+    add("--block-size", type=at_least_one, default=16)
+    add("--repeats", type=at_least_one, default=3)
+    add("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def _engine(options: argparse.Namespace, extra: Mapping[str, Any]) -> LLM:
+    print(f"warming up an engine with {dict(extra)}", file=sys.stderr)
+    return LLM(
+        options.model,
+        dtype=options.dtype,
+        block_size=options.block_size,
+        num_blocks=options.num_blocks,
+        max_num_seqs=min(64, options.sequences),
+        max_model_len=options.system_prompt + options.max_input + options.max_output,
+        **extra,
+    )
+
+
+def _pairs(options: argparse.Namespace, *, vocab_size: int) -> dict[str, tuple[Work, Work]]:
+    """By title, what is run with something and what without it, in this order."""
+    count, seed = options.sequences, options.seed
+    lengths: list[RequestLengths] = (
+        trace_lengths(options.trace, count) if options.trace else sharegpt_lengths(count, seed=seed)
+    )
+    lengths = [
+        p.clipped(max_input=options.max_input, max_output=options.max_output) for p in lengths
+    ]
+    prompts = random_prompts(lengths, vocab_size=vocab_size, seed=seed)
+    limits = [pair.output_tokens for pair in lengths]
+    pairs = {}
+    for n in options.parallel:
+        num = max(1, count // n)
+        together = Work(engine=SHARED, prompts=prompts[:num], max_tokens=limits[:num], n=n)
+        apart = [prompt for prompt in prompts[:num] for _ in range(n)]
+        tokens = [limit for limit in limits[:num] for _ in range(n)]
+        pairs[f"n = {n}"] = together, Work(engine=UNSHARED, prompts=apart, max_tokens=tokens)
+    system = RequestLengths(input_tokens=options.system_prompt, output_tokens=1)
+    (start,) = random_prompts([system], vocab_size=vocab_size, seed=seed + 1)
+    behind = [[*start, *prompt] for prompt in prompts]
+    pairs["system prompt"] = tuple(
+        Work(engine=engine, prompts=behind, max_tokens=limits) for engine in (SHARED, UNSHARED)
+    )
+    pairs["a crowd"] = tuple(
+        Work(engine=engine, prompts=prompts, max_tokens=limits) for engine in (SWAPPING, UNSHARED)
+    )
+    return pairs
+
+
+def _run(llm: LLM, work: Work) -> Used:
+    assert llm.reset_prefix_cache(), "an earlier round left its prompts"
+    before = dataclasses.replace(llm.engine.scheduler.counters)
+    params = [
+        SamplingParams(n=work.n, max_tokens=limit, seed=index, ignore_eos=True, detokenize=False)
+        for index, limit in enumerate(work.max_tokens)
+    ]
+    outputs = llm.generate(work.prompts, params)
+    found = sum(len(one.token_ids) for output in outputs for one in output.outputs)
+    assert found == work.num_tokens, f"{found} tokens came, {work.num_tokens} were asked for"
+    now = llm.engine.scheduler.counters
+    steps = now.steps - before.steps
+    return Used(
+        computed_tokens=now.computed_tokens - before.computed_tokens,
+        steps=steps,
+        preemptions=now.preemptions - before.preemptions,
+        swapped_out_blocks=now.swapped_out_blocks - before.swapped_out_blocks,
+        mean_rows=(now.rows - before.rows) / steps,
+    )
+
+
+def _compared(
+    title: str, pair: tuple[Work, Work], timings: Mapping[str, Timing], used: Mapping[str, Used]
+) -> dict:
+    sides = {}
+    for work in pair:
+        name = f"{title}, {work.engine}"
+        sides[work.engine] = {
+            "tokens_per_s": round(work.num_tokens / timings[name].median, 1),
+            "seconds": [round(second, 2) for second in timings[name].seconds],
+            "others_share": timings[name].others_share,
+            **dataclasses.asdict(used[name]),
+        }
+    first, second = (timings[f"{title}, {work.engine}"].median for work in pair)
+    return {"work": title, "faster": round(second / first, 2), "sides": sides}
+
+
+def _print_table(report: list[dict]) -> None:
+    print(
+        f"{'work':16} {'engine':10} {'tokens/s':>9} {'faster':>7} {'sequences a step':>17} "
+        f"{'steps':>6} {'tokens computed':>16} {'preemptions':>12} {'swapped':>8}"
+    )
+    for pair in report:
+        faster = f"{pair['faster']:6.2f}x"
+        for engine, side in pair["sides"].items():
+            print(
+                f"{pair['work']:16} {engine:10} {side['tokens_per_s']:9.1f} {faster:>7} "
+                f"{side['mean_rows']:17.1f} {side['steps']:6} {side['computed_tokens']:16} "
+                f"{side['preemptions']:12} {side['swapped_out_blocks']:8}"
+            )
+            faster = ""
+
+
+if __name__ == "__main__":
+    main()
