@@ -58,6 +58,7 @@ def main() -> None:
         "dtype": options.dtype,
         "model": checkpoint.source,
         "attention": backend.value,
+        "repetition_penalty": options.repetition_penalty,
     }
     print(json.dumps({**report, "results": results, **provenance()}))
 
@@ -75,6 +76,12 @@ def _options() -> argparse.Namespace:
     add("--contexts", type=at_least_one, nargs="+", default=[300, 2000])
     add("--block-size", type=at_least_one, default=16)
     add("--attention-backend", default="auto", help="of the paged side; xla is plain jax.numpy too")
+    add(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        help="of the paged side's rows; other than 1, its step also bends the logits",
+    )
     add("--rounds", type=at_least_one, default=5, help="the two sides take turns")
     add("--steps", type=at_least_one, default=8, help="steps of a turn")
     return parser.parse_args()
@@ -114,7 +121,9 @@ def _measure(
         for context in options.contexts:
             # Halfway through, the rows attend to `context` tokens.
             start = max(1, context - num_steps // 2)
-            sides = [paged_step(llm.engine, batch, start), _unpaged(baseline, start)]
+            penalty = options.repetition_penalty
+            paged = paged_step(llm.engine, batch, start, repetition_penalty=penalty)
+            sides = [paged, _unpaged(baseline, start)]
             for step in sides:
                 step()
             compiles.events.clear()
@@ -165,12 +174,20 @@ def _result(
     }
 
 
-def paged_step(engine: Engine, batch: int, context: int) -> Callable[[], int]:
+def paged_step(
+    engine: Engine, batch: int, context: int, *, repetition_penalty: float = 1.0
+) -> Callable[[], int]:
     """The engine's step with `batch` rows of `context` tokens; returns what each then holds."""
     scheduler, runner = engine.scheduler, engine.runner
     for request_id in list(scheduler.requests):
         scheduler.abort(request_id)
-    params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True, detokenize=False)
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=None,
+        ignore_eos=True,
+        detokenize=False,
+        repetition_penalty=repetition_penalty,
+    )
     for index in range(batch):
         scheduler.add(
             Request(
