@@ -1,6 +1,7 @@
 """The online API: many streams at once over one engine thread."""
 
 import asyncio
+import contextlib
 import inspect
 import os
 import threading
@@ -10,11 +11,12 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+from jpaged.beams import BeamSearchParams
 from jpaged.errors import EngineFailedError
 from jpaged.llm import LLM, check_options
 from jpaged.outputs import RequestOutput, request_output
 from jpaged.params import SamplingParams
-from jpaged.prompts import Prompt
+from jpaged.prompts import Prompt, as_beam_params, one_params
 from jpaged.requests import Request
 from jpaged.snapshot import Snapshot
 from jpaged.stats import Stats
@@ -67,7 +69,7 @@ class AsyncLLM:
             raise RuntimeError("this AsyncLLM belongs to another event loop; make one for each")
         await asyncio.shield(self._started)  # one impatient task must not stop it for the others
 
-    async def generate(
+    def generate(
         self,
         prompt: Prompt,
         sampling_params: SamplingParams | None = None,
@@ -76,9 +78,9 @@ class AsyncLLM:
     ) -> AsyncGenerator[RequestOutput, None]:
         """The answer as it grows: each output holds all of it so far, the last is `finished`.
 
-        A slow reader gets the newest output and misses some before it. Requests of a lower
-        `priority` run first. Cancelling the task or closing the generator aborts the request and
-        frees its blocks.
+        A slow reader gets the newest output and misses some before it. With `best_of`, which
+        sequences those are may change until the last. Requests of a lower `priority` run first.
+        Cancelling the task or closing the generator aborts the request and frees its blocks.
 
         Raises:
             ValueError: the prompt or its parameters are refused.
@@ -87,10 +89,26 @@ class AsyncLLM:
             EngineFailedError: the request failed, or `close` came first; what was generated is in
                 `outputs`.
         """
+        return self._answers(prompt, one_params(sampling_params), priority)
+
+    async def beam_search(
+        self, prompt: Prompt, params: BeamSearchParams, *, priority: int = 0
+    ) -> RequestOutput:
+        """What beam search finds, best first, as `LLM.beam_search`; raises what `generate` does.
+
+        Cancelling the task aborts the search and frees its blocks.
+        """
+        (beam_params,) = as_beam_params(params, 1)
+        async with contextlib.aclosing(self._answers(prompt, beam_params, priority)) as answers:
+            return [output async for output in answers][-1]
+
+    async def _answers(
+        self, prompt: Prompt, params: SamplingParams | BeamSearchParams, priority: int
+    ) -> AsyncGenerator[RequestOutput, None]:
         await self.start()
         stream = _Stream()
         try:
-            await self._ask(self._submit, stream, prompt, sampling_params, priority)
+            await self._ask(self._submit, stream, prompt, params, priority)
             while not stream.ended:
                 yield await stream.next()
         finally:
@@ -108,6 +126,11 @@ class AsyncLLM:
         """Every block of the pool and every block table; `await jpaged.show(llm)` draws them."""
         await self.start()
         return await self._ask(lambda: self._open_llm().snapshot())
+
+    async def reset_prefix_cache(self) -> bool:
+        """Forgets every cached prefix; False, and nothing done, while requests hold blocks."""
+        await self.start()
+        return await self._ask(lambda: self._open_llm().reset_prefix_cache())
 
     def trace(self) -> AbstractContextManager[list[StepRecord]]:
         """Records the steps, as `LLM.trace` does; the list grows while the task waits."""
@@ -189,11 +212,11 @@ class AsyncLLM:
         self,
         stream: "_Stream",
         prompt: Prompt,
-        sampling_params: SamplingParams | None,
+        params: SamplingParams | BeamSearchParams,
         priority: int,
     ) -> None:
         llm = self._open_llm()
-        request_id = llm.submit(prompt, sampling_params, priority=priority)
+        request_id = llm.submit(prompt, params, priority=priority)
         stream.request = llm.engine.scheduler.requests[request_id]
         self._streams[request_id] = stream
         self._queue_step()

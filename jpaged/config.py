@@ -55,7 +55,8 @@ class EngineConfig:
     def check_lengths(self, num_prompt: int, max_tokens: int | None, *, num_beams: int = 1) -> None:
         """Raises ValueError for a request that could never run to its end.
 
-        Its `num_beams` sequences wait for one another, so there must be room for all at once.
+        Its `num_beams` sequences wait for one another, so there must be room for all at once. They
+        share the whole blocks of their prompt, but for the last token's, which each may compute.
         """
         if num_prompt == 0:
             raise ValueError("the prompt must have at least one token, got none")
@@ -72,13 +73,16 @@ class EngineConfig:
                 f"beam_width={num_beams} needs as many sequences at once, and max_num_seqs and "
                 f"max_num_batched_tokens allow {self.max_running}; lower beam_width or raise them"
             )
-        num_needed, num_there = num_beams * self.blocks_for(longest), self.num_blocks - 1
+        num_shared = (num_prompt - 1) // self.block_size if self.enable_prefix_caching else 0
+        num_own = self.blocks_for(longest) - num_shared
+        num_needed, num_there = num_shared + num_beams * num_own, self.num_blocks - 1
         if num_needed > num_there:
             beams = f", {num_beams} beams" if num_beams > 1 else ""
             raise ValueError(
                 f"{num_prompt} prompt tokens and max_tokens={max_tokens}{beams} may need "
                 f"{num_needed} blocks of {self.block_size} tokens and the pool has {num_there}, "
-                "so the request can never fit; lower max_tokens or raise num_blocks"
+                "so the request can never fit; lower max_tokens, shorten the prompt or raise "
+                "num_blocks"
             )
 
     def blocks_for(self, num_tokens: int) -> int:

@@ -133,6 +133,7 @@ class Desk:
         scheduler = self.engine.scheduler
         for request in requests:
             self.validate(request)
+        scheduler.check_room(sum(len(request.sequences) for request in requests))
         for request in requests:
             self._maker.complete(request, self._is_taken)
             self._attach_detokenizers(request)

@@ -54,23 +54,27 @@ def _check_blocks(scheduler: Scheduler) -> None:
         free[len(free) - len(cached) :] == tuple(b for b in free if b in cached),
         f"1: a cached block would be given out before a blank one: {free}",
     )
-    for name, holder in pool.cache.items():
-        _require(name == pool.cache.digest_of(holder), f"4: two digests for block {holder}")
 
 
 def _check_contents(scheduler: Scheduler) -> None:
-    """Registered blocks of live tables hold the tokens that their digests stand for."""
+    """Registered blocks, free ones too, stand for their tokens, and live tables hold those."""
     size, cache = scheduler.config.block_size, scheduler.pool.cache
+    _require(len(cache.items()) == len(cache), "4: blocks and digests do not come in pairs")
+    for digest, block in cache.items():
+        entry = cache.entry_of(block)
+        _require(
+            entry is not None and chain_digests(entry.parent, entry.token_ids, size) == [digest],
+            f"4: block {block} is not registered for the tokens of its digest",
+        )
     for sequence in scheduler.running:
+        root = root_digest(sequence.request.params.cache_salt)
+        chain = chain_digests(root, sequence.token_ids, size)
         for index, block in enumerate(sequence.block_ids):
             digest = cache.digest_of(block)
-            if digest is None:
-                continue
-            known = sequence.token_ids[: (index + 1) * size]
-            chain = chain_digests(root_digest(sequence.request.params.cache_salt), known, size)
             _require(
-                len(chain) > index and chain[index] == digest,
-                f"4: block {block} is registered for other tokens than {known[index * size :]}",
+                digest is None or (index < len(chain) and chain[index] == digest),
+                f"4: block {block} is registered for other tokens than those of its table's "
+                f"column {index}",
             )
 
 
@@ -105,9 +109,10 @@ def _check_order(scheduler: Scheduler, plan: StepPlan | None) -> None:
         all(0 <= sequence.patience <= MAX_OVERTAKEN for sequence in scheduler.waiting),
         f"14: a sequence was overtaken more than {MAX_OVERTAKEN} times",
     )
+    lost = [sequence for sequence in preempted if sequence not in seq_lens]
     for row in rows:
         _require(
-            all(row.sequence.order < sequence.order for sequence in preempted),
+            all(row.sequence.order < sequence.order for sequence in lost),
             f"14: one that stands before {row.sequence.order} was preempted in its stead",
         )
         _require(

@@ -51,7 +51,8 @@ class LLM:
         max_num_seqs: sequences that run at once; 64 on a CPU, else 256.
         max_num_batched_tokens: tokens a step; 256 on a CPU, else 2048.
         max_model_len: the longest prompt and answer together; the model's, at most 8192.
-        max_waiting: sequences that may wait for a place; QueueFullError refuses what is more.
+        max_waiting: sequences that may wait for a step to start them, those of one call together;
+            QueueFullError refuses what is more.
         seed: of the seeds drawn for requests that bring none.
         enable_prefix_caching: keep finished blocks, and share those whose prefix comes again.
         attention_backend: "auto", "cpu", "xla", "pallas-tpu", "pallas-gpu" and, for tests,
@@ -180,9 +181,7 @@ class LLM:
         checked_flag("use_tqdm", use_tqdm)
         each = as_prompts(prompts)
         every = as_beam_params(params, len(each)), as_priorities(priority, len(each))
-        longest = self.engine.scheduler.config.max_model_len
-        make = self._maker.make_beams
-        requests = [make(*one, max_model_len=longest) for one in zip(each, *every, strict=True)]
+        requests = [self._make_beams(*one) for one in zip(each, *every, strict=True)]
         return self._desk.run(requests, use_tqdm=use_tqdm)
 
     def stream(
@@ -205,7 +204,7 @@ class LLM:
     def submit(
         self,
         prompt: Prompt,
-        sampling_params: SamplingParams | None = None,
+        sampling_params: SamplingParams | BeamSearchParams | None = None,
         *,
         request_id: str | None = None,
         priority: int = 0,
@@ -213,8 +212,12 @@ class LLM:
         """Queues a prompt and returns its request id; `step` brings the answer.
 
         A `request_id` that is given must not be that of a request whose end `step` has not told.
+        With `BeamSearchParams` the answer comes whole, at the end.
         """
-        request = self._make(prompt, sampling_params, priority)
+        if isinstance(sampling_params, BeamSearchParams):
+            request = self._make_beams(prompt, sampling_params, checked_priority(priority))
+        else:
+            request = self._make(prompt, sampling_params, priority)
         if request_id is not None:
             request.request_id = self._desk.checked_id(request_id)
         return self._desk.submit(request)
@@ -275,6 +278,10 @@ class LLM:
     ) -> Request:
         params = one_params(sampling_params)
         return self._maker.make(prompt, params, checked_priority(priority))
+
+    def _make_beams(self, prompt: Prompt, params: BeamSearchParams, priority: int) -> Request:
+        longest = self.engine.scheduler.config.max_model_len
+        return self._maker.make_beams(prompt, params, priority, max_model_len=longest)
 
     def _render(self, conversation: list[dict[str, Any]], *, add_generation_prompt: bool) -> str:
         template = self.tokenizer.chat_template if self.tokenizer else None

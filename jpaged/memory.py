@@ -78,6 +78,11 @@ def check_room(device: Device, *, num_blocks: int, size: int) -> None:
 def swap_blocks(swap_space: float, *, size: int) -> int:
     """Blocks of `size` bytes in `swap_space` GiB of host memory, which must be free."""
     wanted, available = int(swap_space * 2**30), available_bytes()
+    if swap_space and wanted < size:
+        raise ValueError(
+            f"swap_space={swap_space} GiB holds no block, which takes {_amount(size)}; raise it, "
+            "or leave it out to compute preempted sequences again"
+        )
     if available is not None and wanted > available:
         raise ValueError(
             f"swap_space={swap_space} GiB of host memory, and {_amount(available)} are free; "

@@ -12,7 +12,7 @@ from jpaged.prefix_cache import PrefixCache
 from jpaged.requests import Sequence
 from jpaged.sharing import Hit, register_filled
 from jpaged.stats import Counters
-from jpaged.swapping import Swapping
+from jpaged.swapping import NOTHING_STORED, Swapping
 from jpaged.tables import grow, num_filled_slots, num_new_blocks, own_tail
 from jpaged.waiting import WaitingQueue
 
@@ -142,12 +142,16 @@ class Planner:
         """Starts a sequence when all that run are beams, which wait for some that found no room.
 
         The last of those that run make room for it. The beams of the first search in order are
-        waited for by themselves alone, and fit the pool: so they all get their turn.
+        waited for by themselves alone, and fit the pool when they share their prompt: so they all
+        get their turn. Where they do not share all of it, since one of them computed it at the same
+        time as somebody else did, they start over, from the blocks that the cache then knows.
         """
         while len(self.running) == self.config.max_running or (
             (found := self._admission.next(self.pool.num_free)) is None
         ):
-            self._preempt_last(draft)
+            are_of_one_search = self.running[0].request is self.running[-1].request
+            for _ in range(len(self.running) if are_of_one_search else 1):
+                self._preempt_last(draft)
         self._start(*found, draft)
 
     @property
@@ -162,6 +166,8 @@ class Planner:
     def _start(self, sequence: Sequence, hit: Hit, draft: Draft) -> None:
         """Gives a waiting sequence a row, what is known of its prefix, and its first tokens."""
         size, stored = self.config.block_size, self.swapping.take(sequence)
+        if sequence in draft.preempted:  # what leaves in this step is not there yet
+            stored = NOTHING_STORED
         # The last token is computed in any case: its logits are wanted.
         num_stored = min(stored.num_tokens, sequence.num_tokens - 1)
         if num_stored > hit.num_tokens:

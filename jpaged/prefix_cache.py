@@ -9,12 +9,12 @@ radix tree (SGLang, arXiv 2312.07104) with fixed-size edges.
 import array
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import ItemsView, Sequence
 
 
 def root_digest(salt: str | None) -> bytes:
-    """Where the chains of a salt begin."""
-    return hashlib.sha256((salt or "").encode()).digest()
+    """Where the chains of a salt begin; an empty salt is one too."""
+    return hashlib.sha256(b"" if salt is None else b"salt:" + salt.encode()).digest()
 
 
 def chain_digests(parent: bytes, token_ids: Sequence[int], block_size: int) -> list[bytes]:
@@ -29,7 +29,7 @@ def chain_digests(parent: bytes, token_ids: Sequence[int], block_size: int) -> l
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Entry:
+class Entry:
     """What a block holds: its tokens, after the prefix of `parent`."""
 
     digest: bytes
@@ -46,7 +46,7 @@ class PrefixCache:
 
     def __init__(self) -> None:
         self._blocks: dict[bytes, int] = {}
-        self._entries: dict[int, _Entry] = {}
+        self._entries: dict[int, Entry] = {}
         # By parent and first token: most children of a salt's root begin differently.
         self._children: dict[tuple[bytes, int], dict[int, tuple[int, ...]]] = {}
         self._provisional: dict[int, bool] = {}  # whether the step writes all of the block
@@ -59,10 +59,14 @@ class PrefixCache:
 
     def digest_of(self, block_id: int) -> bytes | None:
         """The digest that a block is registered under."""
-        entry = self._entries.get(block_id)
+        entry = self.entry_of(block_id)
         return None if entry is None else entry.digest
 
-    def items(self) -> Iterable[tuple[bytes, int]]:
+    def entry_of(self, block_id: int) -> Entry | None:
+        """What a block is registered with."""
+        return self._entries.get(block_id)
+
+    def items(self) -> ItemsView[bytes, int]:
         """Every digest and its block."""
         return self._blocks.items()
 
@@ -83,7 +87,7 @@ class PrefixCache:
         if digest in self._blocks:
             return
         assert block_id not in self._entries, f"block {block_id} is registered already"
-        entry = _Entry(digest, parent, tuple(token_ids))
+        entry = Entry(digest, parent, tuple(token_ids))
         self._blocks[digest] = block_id
         self._entries[block_id] = entry
         siblings = self._children.setdefault((parent, entry.token_ids[0]), {})

@@ -97,7 +97,9 @@ class Runner:
 
     def warm_up(self, *, progress: bool = False) -> None:
         """Compiles every common program, on as many threads as help."""
-        common = [*map(PlainStep, self.buckets.all), Prepare()]
+        common: list[Program] = [*map(PlainStep, self.buckets.all), Prepare()]
+        if self.config.num_swap_blocks:
+            common += [ReadBlocks(), WriteBlocks()]
         missing = [program for program in common if program not in self.programs]
         with ThreadPoolExecutor(COMPILE_THREADS) as threads:
             compiled = threads.map(self.compile, missing)

@@ -83,12 +83,7 @@ class Scheduler:
         """Queues each sequence of `request`, or raises and changes nothing."""
         self._mend()
         self.validate(request)
-        room = self.config.max_waiting - len(self.waiting)
-        if len(request.sequences) > room:
-            raise QueueFullError(
-                f"the queue holds {len(self.waiting)} sequences and has room for {room}, "
-                f"got {len(request.sequences)}; wait for some to finish or raise max_waiting"
-            )
+        self.check_room(len(request.sequences))
         self._torn = True
         request.arrival = self._num_arrivals
         self._num_arrivals += 1
@@ -99,7 +94,7 @@ class Scheduler:
         self._torn = False
 
     def validate(self, request: Request) -> None:
-        """Raises ValueError for a request that could never run to its end."""
+        """Raises ValueError for a request that could never be taken or never run to its end."""
         if request.request_id in self.requests:
             raise ValueError(f"request_id {request.request_id!r} is in use by a running request")
         self.config.check_lengths(
@@ -107,6 +102,20 @@ class Scheduler:
             request.params.max_tokens,
             num_beams=request.num_together,
         )
+        if (num_sequences := len(request.sequences)) > self.config.max_waiting:
+            raise ValueError(
+                f"the request has {num_sequences} sequences, which wait until a step starts them, "
+                f"and max_waiting is {self.config.max_waiting}; lower n, or raise max_waiting"
+            )
+
+    def check_room(self, num_sequences: int) -> None:
+        """Raises QueueFullError where so many sequences more would be too many that wait."""
+        num_waiting, most = len(self.waiting), self.config.max_waiting
+        if num_waiting + num_sequences > most:
+            raise QueueFullError(
+                f"{num_waiting} sequences wait, {num_sequences} more came, and max_waiting is "
+                f"{most}; send them when some have started, fewer at once, or raise max_waiting"
+            )
 
     def schedule(self) -> StepPlan | None:
         """Plans the next step, or returns None when there is nothing to do."""

@@ -12,6 +12,9 @@ class Stored(NamedTuple):
     num_tokens: int
 
 
+NOTHING_STORED = Stored([], 0)
+
+
 class Swapping:
     """Gives host blocks to sequences that are preempted, as long as there are enough.
 
@@ -31,7 +34,7 @@ class Swapping:
     def store(self, sequence: Sequence) -> list[tuple[int, int]]:
         """The (block, host block) moves that save all that was computed of a running sequence.
 
-        None where there is no room for all of it: then it is computed again.
+        No moves where there is no room for all of it: then it is computed again.
         """
         count = len(sequence.block_ids)
         if count > len(self.free_ids):
@@ -44,6 +47,6 @@ class Swapping:
         """What is stored of the sequence. Its place may be given to others from here on."""
         stored = self.stored.pop(sequence, None)
         if stored is None:
-            return Stored([], 0)
+            return NOTHING_STORED
         self.free_ids += stored.space_ids
         return stored

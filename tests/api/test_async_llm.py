@@ -11,7 +11,14 @@ from typing import Any
 
 import pytest
 
-from jpaged import LLM, AsyncLLM, EngineFailedError, QueueFullError, SamplingParams
+from jpaged import (
+    LLM,
+    AsyncLLM,
+    BeamSearchParams,
+    EngineFailedError,
+    QueueFullError,
+    SamplingParams,
+)
 from jpaged.invariants import check
 from jpaged.plan import StepPlan
 from jpaged.programs import Outputs
@@ -87,6 +94,37 @@ def test_two_hundred_streams_half_of_them_cancelled_leave_no_block_held(
         assert all(isinstance(results[index], asyncio.CancelledError) for index in cancelled)
         assert len(cancelled) > NUM_STREAMS // 4
         await assert_nothing_held(llm)
+
+    run(tiny_model_dir, main)
+
+
+def test_beams_are_those_of_the_offline_search_and_a_cancelled_search_frees_its_blocks(
+    tiny_model_dir: pathlib.Path,
+):
+    prompts = ["the lazy dog", [5, 6, 7, 8, 9]]
+    params = BeamSearchParams(beam_width=3, max_tokens=11)
+    with LLM(tiny_model_dir, **LLM_OPTIONS) as llm:
+        offline = llm.beam_search(prompts, params, use_tqdm=False)
+
+    async def main(llm: AsyncLLM) -> None:
+        found = await asyncio.gather(*(llm.beam_search(prompt, params) for prompt in prompts))
+        assert [output.outputs for output in found] == [output.outputs for output in offline]
+        endless = BeamSearchParams(beam_width=3, max_tokens=100, ignore_eos=True)
+        searching = asyncio.create_task(llm.beam_search([1, 2, 3], endless))
+        while not (await llm.stats()).running:
+            await asyncio.sleep(0)
+        assert not await llm.reset_prefix_cache()
+        searching.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await searching
+        await assert_nothing_held(llm)
+        assert (await llm.stats()).blocks_cached > 0
+        assert await llm.reset_prefix_cache()
+        assert (await llm.stats()).blocks_cached == 0
+        with pytest.raises(TypeError, match="expected SamplingParams or None"):
+            llm.generate("a", params)  # pyright: ignore[reportArgumentType]
+        with pytest.raises(TypeError, match="BeamSearchParams"):
+            await llm.beam_search("a", SamplingParams())  # pyright: ignore[reportArgumentType]
 
     run(tiny_model_dir, main)
 

@@ -105,6 +105,16 @@ def test_blocks_that_were_asked_for_must_fit_what_is_free(monkeypatch, platform:
     memory.check_room(FakeDevice("cpu", None), num_blocks=6, size=2**60)  # nobody knows
 
 
+def test_swap_space_must_be_free_and_hold_a_block(monkeypatch):
+    monkeypatch.setattr(memory, "available_bytes", lambda: 5 * 2**30)
+    assert memory.swap_blocks(0.0, size=2**20) == 0
+    assert memory.swap_blocks(0.25, size=2**28) == 1
+    with pytest.raises(ValueError, match=r"swap_space=0.2 GiB holds no block, .* 256.0 MiB"):
+        memory.swap_blocks(0.2, size=2**28)
+    with pytest.raises(ValueError, match=r"swap_space=6 GiB of host memory, and 5.0 GiB are free"):
+        memory.swap_blocks(6, size=2**20)
+
+
 def test_blocks_beyond_memory_are_refused_before_weights_load(tmp_path, monkeypatch):
     directory = write_directory(tmp_path / "tiny", llama_tensors())
     monkeypatch.setattr("jpaged.loading.load_decoder", None)

@@ -136,12 +136,18 @@ def test_refused_prompts_do_not_change_the_seeds_of_those_that_come_after():
     answers = []
     for num_refused in (0, 3):
         llm = llm_over(tiny_engine())
+        scheduler = llm.engine.scheduler
+        scheduler.config = dataclasses.replace(scheduler.config, max_waiting=2)
         for _ in range(num_refused):
+            with pytest.raises(QueueFullError):
+                llm.generate([PROMPT] * 3, SEEDED, use_tqdm=False)
             for bad in ([PROMPT, [99]], [PROMPT, make_prompt(96)]):
                 with pytest.raises(ValueError, match=r"outside|max_model_len"):
                     llm.generate(bad, SEEDED, use_tqdm=False)
         (output,) = llm.generate(PROMPT, SEEDED, use_tqdm=False)
         answers.append(output.outputs)
+        assert output.request_id == "0"
+        assert llm.stats().prompt_tokens == len(PROMPT)
     assert answers[0] == answers[1]
     assert answers[0][0].token_ids != answers[0][1].token_ids
 

@@ -105,6 +105,16 @@ def test_an_abort_gives_host_memory_back():
     check(engine.scheduler)
 
 
+def test_swapping_compiles_nothing_after_warm_up():
+    engine = make(40)
+    engine.runner.programs = {}
+    engine.runner.warm_up()
+    run(engine, requests_of())
+    stats = engine.stats()
+    assert stats.swapped_in_blocks > 0
+    assert stats.lazy_compiles == 0
+
+
 def test_what_comes_back_is_written_in_place():
     runner = make(40).runner
     pool_bytes = sum(leaf.nbytes for leaf in runner.pool)

@@ -55,12 +55,12 @@ def test_the_prompt_is_computed_once_and_beams_share_what_they_have_in_common():
 def test_a_pool_that_just_holds_the_beams_is_enough(width: int, caching: bool, slack: int):
     """Others come before and after, so that beams wait, are preempted and wait for one another."""
     preemptions = 0
-    for seed in range(12):
+    for seed in range(16):
         rng = random.Random(seed)
-        num_prompt, max_tokens = rng.randrange(1, 10), rng.randrange(16, 40)
-        blocks = width * -(-(num_prompt + max_tokens) // 8)
+        num_prompt, max_tokens = rng.randrange(1, 24), rng.randrange(16, 40)
+        needed = blocks_for_beams(width, num_prompt, max_tokens, caching=caching)
         scheduler = make_scheduler(
-            num_blocks=blocks + 1 + slack,
+            num_blocks=1 + needed + slack,
             max_num_seqs=width + rng.randrange(4),
             max_num_batched_tokens=width + rng.randrange(7),
             enable_prefix_caching=caching,
@@ -87,6 +87,12 @@ def test_a_pool_that_just_holds_the_beams_is_enough(width: int, caching: bool, s
         assert_all_well(requests)
         preemptions += scheduler.counters.preemptions
     assert preemptions > 3
+
+
+def blocks_for_beams(width: int, num_prompt: int, max_tokens: int, *, caching: bool) -> int:
+    """Blocks of 8 that hold all beams at their longest, whole blocks of the prompt shared."""
+    num_shared = (num_prompt - 1) // 8 if caching else 0
+    return num_shared + width * (-(-(num_prompt + max_tokens) // 8) - num_shared)
 
 
 def test_a_beam_that_has_its_candidates_waits_for_those_that_were_preempted():
@@ -130,11 +136,16 @@ def test_beams_that_wait_for_each_other_in_a_full_pool_make_room_in_order(
         rng = random.Random(seed)
         width = rng.randrange(2, 6)
         num_prompt, max_tokens = rng.randrange(1, 20), rng.randrange(2, 30)
+        caching = rng.random() < 0.7
+        needed = max(
+            blocks_for_beams(width, length, max_tokens, caching=caching)
+            for length in range(1, num_prompt + 1)
+        )
         scheduler = make_scheduler(
-            num_blocks=1 + width * -(-(num_prompt + max_tokens) // 8) + rng.choice([0, 0, 1, 3]),
+            num_blocks=1 + needed + rng.choice([0, 0, 1, 3]),
             max_num_seqs=width + rng.randrange(4),
             max_num_batched_tokens=width + rng.randrange(12),
-            enable_prefix_caching=rng.random() < 0.7,
+            enable_prefix_caching=caching,
             num_swap_blocks=rng.choice([0, 0, 4, 30]),
         )
         most_steps, requests = rng.choice([1, 6, 6]), []
@@ -164,7 +175,11 @@ def test_beams_that_wait_for_each_other_in_a_full_pool_make_room_in_order(
     [
         ({"max_num_seqs": 3}, "beam_width=4 needs .* allow 3"),
         ({"max_num_batched_tokens": 2}, "beam_width=4 needs .* allow 2"),
-        ({"num_blocks": 12}, "4 beams may need 12 blocks of 8 tokens and the pool has 11"),
+        ({"num_blocks": 9}, "4 beams may need 9 blocks of 8 tokens and the pool has 8"),
+        (
+            {"num_blocks": 12, "enable_prefix_caching": False},
+            "4 beams may need 12 blocks of 8 tokens and the pool has 11",
+        ),
     ],
 )
 def test_beams_that_could_never_all_run_at_once_are_refused(changes: dict[str, Any], message: str):

@@ -112,8 +112,10 @@ def test_an_empty_prompt_and_a_name_in_use_are_refused():
 def test_a_full_queue_says_so_and_takes_nothing():
     scheduler = make_scheduler(max_waiting=4)
     scheduler.add(make_request("a", 2, n=3))
-    with pytest.raises(QueueFullError, match="holds 3 sequences and has room for 1, got 2"):
+    with pytest.raises(QueueFullError, match="3 sequences wait, 2 more came, and max_waiting is 4"):
         scheduler.add(make_request("b", 2, n=2))
+    with pytest.raises(ValueError, match=r"has 5 sequences, .* max_waiting is 4; lower n"):
+        scheduler.add(make_request("b", 2, n=5))
     check(scheduler)
     assert list(scheduler.requests) == ["a"]
 
