@@ -1,7 +1,16 @@
 """Types of command line arguments, so that a bad one is refused before anything is loaded."""
 
 import argparse
+import math
 import pathlib
+
+from jpaged.beams import BeamSearchParams
+from jpaged.config import MAX_BLOCK_SIZE, MIN_BLOCK_SIZE
+from jpaged.params import SamplingParams
+
+BLOCK_SIZES = tuple(
+    size for size in range(MIN_BLOCK_SIZE, MAX_BLOCK_SIZE + 1) if not size & (size - 1)
+)
 
 
 def at_least_one(text: str) -> int:
@@ -15,8 +24,43 @@ def at_least_one(text: str) -> int:
     return number
 
 
+def above_zero(text: str) -> float:
+    """A finite number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a finite number above 0, got {text!r}")
+    return number
+
+
+def beam_width(text: str) -> int:
+    """As many beams as a search may have."""
+    try:
+        return BeamSearchParams(beam_width=at_least_one(text)).beam_width
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def repetition_penalty(text: str) -> float:
+    """A penalty that a request may have."""
+    try:
+        return SamplingParams(repetition_penalty=float(text)).repetition_penalty
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def existing_file(text: str) -> str:
     """The path of a file that is there."""
     if not pathlib.Path(text).is_file():
         raise argparse.ArgumentTypeError(f"there is no file {text!r}")
+    return text
+
+
+def file_to_write(text: str) -> str:
+    """The path of a file in a folder that is there; the file need not be."""
+    path = pathlib.Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a file in a folder that exists, got {text!r}")
     return text

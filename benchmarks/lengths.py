@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -91,14 +92,45 @@ def read_trace(path: str | os.PathLike) -> list[RequestLengths]:
     """Every request of a CSV file with `input_tokens` and `output_tokens`, or of a Mooncake trace.
 
     Mooncake's traces are JSON lines with `input_length` and `output_length`. Lines with an empty
-    prompt or an empty answer are passed over.
+    prompt or an empty answer are passed over; a trace of such lines alone is refused.
     """
-    pairs = _read_jsonl(path) if pathlib.Path(path).suffix == ".jsonl" else _read_csv(path)
-    return [
+    pairs = _read_jsonl(path) if is_mooncake(path) else _read_csv(path)
+    lengths = [
         RequestLengths(input_tokens=inputs, output_tokens=outputs)
         for inputs, outputs in pairs
         if min(inputs, outputs) > 0
     ]
+    if not lengths:
+        raise ValueError(
+            f"{path} needs a request with a prompt and an answer; got {len(pairs)} requests, none "
+            "of which has both"
+        )
+    return lengths
+
+
+def is_mooncake(path: str | os.PathLike) -> bool:
+    """Whether a trace is Mooncake's, by its name."""
+    return pathlib.Path(path).suffix == ".jsonl"
+
+
+def read_mooncake(
+    path: str | os.PathLike, names: Sequence[str], num_lines: int | None = None
+) -> list[dict]:
+    """The first lines of a Mooncake trace, or all; each has a value for every one of `names`."""
+    entries = []
+    with pathlib.Path(path).open() as file:
+        for number, line in enumerate(itertools.islice(file, num_lines), 1):
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                entry = None
+            if not isinstance(entry, dict) or not set(names) <= set(entry):
+                raise ValueError(
+                    f"{path}, line {number}: expected a JSON object with {', '.join(names)}; "
+                    f"got {line.strip()[:100]!r}"
+                )
+            entries.append(entry)
+    return entries
 
 
 def random_prompts(
@@ -121,8 +153,7 @@ def _read_csv(path: str | os.PathLike) -> list[tuple[int, int]]:
 
 
 def _read_jsonl(path: str | os.PathLike) -> list[tuple[int, int]]:
-    with pathlib.Path(path).open() as file:
-        entries = [json.loads(line) for line in file]
+    entries = read_mooncake(path, ["input_length", "output_length"])
     return [(entry["input_length"], entry["output_length"]) for entry in entries]
 
 

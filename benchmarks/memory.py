@@ -21,22 +21,21 @@ import json
 import pathlib
 import sys
 
-from benchmarks.arguments import at_least_one, existing_file
 from benchmarks.beam_saving import BeamSaving, save_beams, save_model_beams
 from benchmarks.contiguous import Buddies, FirstFit, Shares, Slabs, reserve
 from benchmarks.host_cost import HostCost, host_cost
-from benchmarks.lengths import LAWS, RequestLengths, law_lengths, read_trace
+from benchmarks.lengths import RequestLengths
 from benchmarks.measure import host_provenance
+from benchmarks.memory_options import parse_command
 from benchmarks.moment import replay_moment
-from benchmarks.order import CLASSES, Arrival, compare_orders, shared_prompts, trace_prompts
+from benchmarks.order import CLASSES, Arrival, compare_orders
 from benchmarks.plot import draw, has_matplotlib
-from benchmarks.replay import Hits, read_prompts, replay
+from benchmarks.replay import Hits, Prompt, replay
 from benchmarks.saturate import Saturated, Saving, saturate, save
 from jpaged import LLM
 
 PAPER = {"maximum": 0.204, "power of 2": 0.268, "oracle": 0.382, "blocks": 0.963}  # effective
 PAPER_BEAMS = "44.3 to 66.3 %"  # saved by 2 to 6 beams of OPT-13B on ShareGPT (figure 15)
-PARTS = ("waste", "sharing", "beams", "hits", "order", "cost")
 BARS = {
     "waste": "within 5 % of theory",
     "running": "at least 97 % of reservation / mean resident tokens",
@@ -51,110 +50,39 @@ BARS = {
 
 def main() -> None:
     """Prints tables for people and, last, one JSON line."""
-    options = _options()
-    reports, model_beams, hits, orders, cost = [], [], [], [], None
-    all_lengths = _all_lengths(options)
-    for name, lengths in all_lengths:
-        report: dict = {"lengths": name, "requests": len(lengths)}
-        longest = max(pair.input_tokens + pair.output_tokens for pair in lengths)
-        num_slots = options.slabs * longest // options.block_size * options.block_size
-        report |= {"longest": longest, "pool_tokens": num_slots}
-        print(
-            f"\n{name}: {len(lengths)} requests, the longest {longest} tokens (input + output); "
-            f"a pool of {num_slots} tokens",
-            flush=True,
-        )
-        if "waste" in options.parts:
-            report |= _waste(lengths, options, num_slots=num_slots, longest=longest)
-        if "sharing" in options.parts:
-            report |= _sharing(lengths[: options.sharing_requests], options, num_slots=num_slots)
-        if "beams" in options.parts:
-            report |= _beams(lengths[: options.beam_requests], options, num_slots=num_slots)
-        reports.append(report)
-    if options.model is not None:
-        model_beams = _model_beams(options)
-    for path in options.trace:
-        if "hits" in options.parts and path.endswith(".jsonl"):
-            hits += _hits(path, options)
-    if "order" in options.parts:
-        orders = [_order(name, arrivals, options) for name, arrivals in _all_arrivals(options)]
-    if "cost" in options.parts:
-        cost = _cost(options)
+    options, inputs = parse_command(__doc__)
+    figures = {
+        "reports": [_report(name, lengths, options) for name, lengths in inputs.lengths],
+        "model_beams": [] if options.model is None else _model_beams(options),
+        "hits": [hits for trace in inputs.prompts for hits in _hits(*trace, options)],
+        "orders": [_order(name, arrivals, options) for name, arrivals in inputs.arrivals],
+        "cost": _cost(options) if "cost" in options.parts else None,
+    }
+    # Before the picture, which may fail: the figures took minutes.
+    report = {"benchmark": "memory", "bars": BARS, **figures, **host_provenance()}
+    print(json.dumps(report), flush=True)
     if options.plot:
-        _plot(reports, all_lengths[0][1], options)
-    figures = {"reports": reports, "model_beams": model_beams, "hits": hits}
-    figures |= {"orders": orders, "cost": cost}
-    print(json.dumps({"benchmark": "memory", "bars": BARS, **figures, **host_provenance()}))
+        _plot(figures["reports"], inputs.lengths[0][1], options)
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.memory",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def _report(name: str, lengths: list[RequestLengths], options: argparse.Namespace) -> dict:
+    """What the parts waste, sharing and beams say of one trace or law."""
+    longest = max(pair.input_tokens + pair.output_tokens for pair in lengths)
+    num_slots = options.slabs * longest // options.block_size * options.block_size
+    print(
+        f"\n{name}: {len(lengths)} requests, the longest {longest} tokens (input + output); "
+        f"a pool of {num_slots} tokens",
+        flush=True,
     )
-    add = parser.add_argument
-    add(
-        "--trace",
-        type=existing_file,
-        nargs="+",
-        default=[],
-        help="CSV with input_tokens, output_tokens; or Mooncake",
-    )
-    add("--parts", nargs="+", choices=PARTS, default=PARTS)
-    add("--requests", type=at_least_one, default=20_000, help="of each trace or law, at most")
-    add(
-        "--sharing-requests", type=at_least_one, default=1_000, help="of these, with n answers each"
-    )
-    add("--slabs", type=at_least_one, default=32, help="longest requests that the pool holds")
-    add("--block-size", type=at_least_one, default=16)
-    add("--parallel", type=at_least_one, nargs="+", default=[2, 4, 6], help="answers to a prompt")
-    add("--beam-requests", type=at_least_one, default=200, help="of these, with beams")
-    add("--beam-widths", type=at_least_one, nargs="+", default=[2, 4, 6])
-    add("--model", nargs="?", const="", help="runs its beams; without a name, the default model's")
-    add("--model-tokens", type=at_least_one, default=128, help="that it generates, at most")
-    add("--hit-block-size", type=at_least_one, default=128, choices=(8, 16, 32, 64, 128))
-    add(
-        "--hit-blocks",
-        type=at_least_one,
-        nargs="+",
-        default=[1_000, 4_000, 16_000, 64_000],
-        help="usable blocks of the pools that a Mooncake trace is replayed with",
-    )
-    add(
-        "--order-requests",
-        type=at_least_one,
-        default=2_000,
-        help="that come while others run, at most",
-    )
-    add(
-        "--order-slots",
-        type=at_least_one,
-        default=48_000,
-        help="of their pool, at least; two longest fit",
-    )
-    add("--load", type=float, nargs="+", default=[0.9, 1.1], help="of what runs first come")
-    add("--repeats", type=at_least_one, default=50, help="of each timing")
-    add("--seed", type=int, default=0)
-    add("--plot", help="PNG to draw; needs matplotlib")
-    options = parser.parse_args()
-    if options.plot and "waste" not in options.parts:
-        parser.error("--plot draws the part named waste")
-    return options
-
-
-def _all_lengths(options: argparse.Namespace) -> list[tuple[str, list[RequestLengths]]]:
-    if not {"waste", "sharing", "beams"} & set(options.parts):
-        return []
-    if options.trace:
-        return [
-            (pathlib.Path(path).name, read_trace(path)[: options.requests])
-            for path in options.trace
-        ]
-    return [
-        (f"{law} law, seed {options.seed}", law_lengths(law, options.requests, seed=options.seed))
-        for law in LAWS
-    ]
+    report: dict = {"lengths": name, "requests": len(lengths)}
+    report |= {"longest": longest, "pool_tokens": num_slots}
+    if "waste" in options.parts:
+        report |= _waste(lengths, options, num_slots=num_slots, longest=longest)
+    if "sharing" in options.parts:
+        report |= _sharing(lengths[: options.sharing_requests], options, num_slots=num_slots)
+    if "beams" in options.parts:
+        report |= _beams(lengths[: options.beam_requests], options, num_slots=num_slots)
+    return report
 
 
 def _waste(
@@ -253,9 +181,8 @@ def _print_beams(saving: BeamSaving) -> None:
     )
 
 
-def _hits(path: str, options: argparse.Namespace) -> list[dict]:
+def _hits(path: str, prompts: list[Prompt], options: argparse.Namespace) -> list[dict]:
     size = options.hit_block_size
-    prompts = read_prompts(path, options.requests)
     print(
         f"\nprefix hits of {len(prompts)} prompts of {pathlib.Path(path).name}, one after another, "
         f"one token each, blocks of {size}\n"
@@ -276,15 +203,6 @@ def _hits(path: str, options: argparse.Namespace) -> list[dict]:
             flush=True,
         )
     return [{"trace": path, "block_size": size} | dataclasses.asdict(hits) for hits in all_hits]
-
-
-def _all_arrivals(options: argparse.Namespace) -> list[tuple[str, list[Arrival]]]:
-    """Mooncake traces where they are given, else the laws behind system prompts."""
-    num, seed = options.order_requests, options.seed
-    traces = [path for path in options.trace if path.endswith(".jsonl")]
-    if traces:
-        return [(pathlib.Path(t).name, trace_prompts(read_prompts(t, num))) for t in traces]
-    return [(f"{law} law, seed {seed}", shared_prompts(law, num, seed=seed)) for law in LAWS]
 
 
 def _order(name: str, arrivals: list[Arrival], options: argparse.Namespace) -> dict:
@@ -332,7 +250,7 @@ def _plot(reports: list[dict], lengths: list[RequestLengths], options: argparse.
     path = options.plot
     if has_matplotlib():
         draw(reports, replay_moment(lengths, block_size=options.block_size), path)
-        print(f"\ndrawn: {path}")
+        print(f"drawn: {path}", file=sys.stderr)  # the JSON line stays the last
     else:
         print(f"{path} is not drawn: matplotlib is missing; pip install '.[plot]'", file=sys.stderr)
 

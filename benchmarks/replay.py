@@ -7,15 +7,15 @@ the trace's order and answer one token, so that hits depend on the cache alone.
 
 import collections
 import dataclasses
-import json
 import os
-import pathlib
 
+from benchmarks.lengths import read_mooncake
 from benchmarks.scripted import make_request
 from jpaged.config import EngineConfig
 from jpaged.scheduler import Scheduler
 
 CONTENT_SIZE = 512  # tokens that one of the trace's hash ids stands for
+NAMES = ("input_length", "output_length", "hash_ids", "timestamp")  # in a line of the trace
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,10 +57,9 @@ class Hits:
 
 
 def read_prompts(path: str | os.PathLike, num_requests: int) -> list[Prompt]:
-    """The first prompts of a Mooncake trace."""
-    with pathlib.Path(path).open() as file:
-        lines = [json.loads(line) for _, line in zip(range(num_requests), file, strict=False)]
-    return [
+    """The prompts of a Mooncake trace's first lines; one without tokens is passed over."""
+    lines = read_mooncake(path, NAMES, num_requests)
+    prompts = [
         Prompt(
             line["input_length"],
             tuple(line["hash_ids"]),
@@ -70,6 +69,9 @@ def read_prompts(path: str | os.PathLike, num_requests: int) -> list[Prompt]:
         for line in lines
         if line["input_length"] > 0
     ]
+    if not prompts:
+        raise ValueError(f"{path} needs a prompt with tokens; got none in {len(lines)} lines")
+    return prompts
 
 
 def replay(prompts: list[Prompt], *, num_blocks: int | None, block_size: int) -> Hits:

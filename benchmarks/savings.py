@@ -4,9 +4,10 @@ python -m benchmarks.savings [--trace lengths.csv]
 
 n answers to each prompt, once with their prompt computed once and its blocks shared, once as n
 requests that share nothing; requests behind one system prompt, with the prefix cache and without;
-and a crowd that the pool cannot hold, its preempted sequences swapped to host memory or computed
-again. Prompts are random tokens, lengths of answers are forced. Rates count generated tokens; all
-runs of a pair generate the same number of them.
+and a crowd that the pool cannot hold, its preempted sequences swapped to host memory or, as the
+engine does by default, computed again as far as the prefix cache has lost them: that cache is on in
+both, and only swap_space differs. Prompts are random tokens, lengths of answers are forced. Rates
+count generated tokens; all runs of a pair generate the same number of them.
 """
 
 import argparse
@@ -17,16 +18,16 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.arguments import at_least_one, existing_file
+from benchmarks.arguments import BLOCK_SIZES, at_least_one, existing_file
 from benchmarks.lengths import RequestLengths, random_prompts, sharegpt_lengths, trace_lengths
 from benchmarks.measure import Timing, interleaved, provenance
 from jpaged import LLM, SamplingParams
 
-SHARED, UNSHARED, SWAPPING = "sharing", "without", "swapping"
+DEFAULT, UNCACHED, SWAPPING = "default", "uncached", "swapping"
 ENGINES: dict[str, dict[str, Any]] = {
-    SHARED: {"enable_prefix_caching": True},
-    UNSHARED: {"enable_prefix_caching": False},
-    SWAPPING: {"enable_prefix_caching": False, "swap_space": 1.0},
+    DEFAULT: {},
+    UNCACHED: {"enable_prefix_caching": False},
+    SWAPPING: {"swap_space": 1.0},
 }
 
 
@@ -34,6 +35,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 class Work:
     """What one engine is asked: `n` answers to each prompt."""
 
+    side: str  # of its pair
     engine: str
     prompts: list[list[int]]
     max_tokens: list[int]
@@ -60,21 +62,21 @@ def main() -> None:
     """Prints a table for people and, last, one JSON line."""
     options = _options()
     engines = {name: _engine(options, extra) for name, extra in ENGINES.items()}
-    pairs = _pairs(options, vocab_size=engines[SHARED].engine.runner.model.vocab_size)
+    pairs = _pairs(options, vocab_size=engines[DEFAULT].engine.runner.model.vocab_size)
     used: dict[str, Used] = {}
 
     def run(name: str, work: Work) -> None:
         used[name] = _run(engines[work.engine], work)
 
     runs = {
-        f"{title}, {work.engine}": functools.partial(run, f"{title}, {work.engine}", work)
+        f"{title}, {work.side}": functools.partial(run, f"{title}, {work.side}", work)
         for title, pair in pairs.items()
         for work in pair
     }
     timings = interleaved(runs, repeats=options.repeats)
     report = [_compared(title, pair, timings, used) for title, pair in pairs.items()]
     _print_table(report)
-    model = engines[SHARED].model_source
+    model = engines[DEFAULT].model_source
     figures = {"benchmark": "savings", "num_blocks": options.num_blocks, "pairs": report}
     lengths = options.trace or f"ShareGPT's law, seed {options.seed}"
     print(json.dumps({**figures, "lengths": lengths, "model": model, **provenance()}))
@@ -96,8 +98,8 @@ def _options() -> argparse.Namespace:
     add("--max-input", type=at_least_one, default=512, help="longer prompts are clipped")
     add("--max-output", type=at_least_one, default=128, help="longer answers are clipped")
     add("--num-blocks", type=at_least_one, default=513, help="of each engine, null block counted")
-    add("--block-size", type=at_least_one, default=16)
-    add("--repeats", type=at_least_one, default=3)
+    add("--block-size", type=int, choices=BLOCK_SIZES, default=16)
+    add("--repeats", type=at_least_one, default=5)
     add("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -129,18 +131,25 @@ def _pairs(options: argparse.Namespace, *, vocab_size: int) -> dict[str, tuple[W
     pairs = {}
     for n in options.parallel:
         num = max(1, count // n)
-        together = Work(engine=SHARED, prompts=prompts[:num], max_tokens=limits[:num], n=n)
+        together = Work(
+            side="sharing", engine=DEFAULT, prompts=prompts[:num], max_tokens=limits[:num], n=n
+        )
         apart = [prompt for prompt in prompts[:num] for _ in range(n)]
         tokens = [limit for limit in limits[:num] for _ in range(n)]
-        pairs[f"n = {n}"] = together, Work(engine=UNSHARED, prompts=apart, max_tokens=tokens)
+        pairs[f"n = {n}"] = (
+            together,
+            Work(side="not sharing", engine=UNCACHED, prompts=apart, max_tokens=tokens),
+        )
     system = RequestLengths(input_tokens=options.system_prompt, output_tokens=1)
     (start,) = random_prompts([system], vocab_size=vocab_size, seed=seed + 1)
     behind = [[*start, *prompt] for prompt in prompts]
-    pairs["system prompt"] = tuple(
-        Work(engine=engine, prompts=behind, max_tokens=limits) for engine in (SHARED, UNSHARED)
+    pairs["system prompt"] = (
+        Work(side="sharing", engine=DEFAULT, prompts=behind, max_tokens=limits),
+        Work(side="not sharing", engine=UNCACHED, prompts=behind, max_tokens=limits),
     )
-    pairs["a crowd"] = tuple(
-        Work(engine=engine, prompts=prompts, max_tokens=limits) for engine in (SWAPPING, UNSHARED)
+    pairs["a crowd"] = (
+        Work(side="swapping", engine=SWAPPING, prompts=prompts, max_tokens=limits),
+        Work(side="recomputing", engine=DEFAULT, prompts=prompts, max_tokens=limits),
     )
     return pairs
 
@@ -171,27 +180,27 @@ def _compared(
 ) -> dict:
     sides = {}
     for work in pair:
-        name = f"{title}, {work.engine}"
-        sides[work.engine] = {
+        name = f"{title}, {work.side}"
+        sides[work.side] = {
             "tokens_per_s": round(work.num_tokens / timings[name].median, 1),
             "seconds": [round(second, 2) for second in timings[name].seconds],
             "others_share": timings[name].others_share,
             **dataclasses.asdict(used[name]),
         }
-    first, second = (timings[f"{title}, {work.engine}"].median for work in pair)
+    first, second = (timings[f"{title}, {work.side}"].median for work in pair)
     return {"work": title, "faster": round(second / first, 2), "sides": sides}
 
 
 def _print_table(report: list[dict]) -> None:
     print(
-        f"{'work':16} {'engine':10} {'tokens/s':>9} {'faster':>7} {'sequences a step':>17} "
+        f"{'work':16} {'side':11} {'tokens/s':>9} {'faster':>7} {'sequences a step':>17} "
         f"{'steps':>6} {'tokens computed':>16} {'preemptions':>12} {'swapped':>8}"
     )
     for pair in report:
         faster = f"{pair['faster']:6.2f}x"
-        for engine, side in pair["sides"].items():
+        for name, side in pair["sides"].items():
             print(
-                f"{pair['work']:16} {engine:10} {side['tokens_per_s']:9.1f} {faster:>7} "
+                f"{pair['work']:16} {name:11} {side['tokens_per_s']:9.1f} {faster:>7} "
                 f"{side['mean_rows']:17.1f} {side['steps']:6} {side['computed_tokens']:16} "
                 f"{side['preemptions']:12} {side['swapped_out_blocks']:8}"
             )

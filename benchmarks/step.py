@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import baseline_model
-from benchmarks.arguments import at_least_one
+from benchmarks.arguments import BLOCK_SIZES, at_least_one, repetition_penalty
 from benchmarks.baseline import Baseline
 from benchmarks.measure import CompileLog, OthersShare, provenance
 from jpaged import LLM, SamplingParams
@@ -74,11 +74,11 @@ def _options() -> argparse.Namespace:
     add("--dtype", default="float32", help="of the weights, on both sides")
     add("--batches", type=at_least_one, nargs="+", default=[1, 8, 32])
     add("--contexts", type=at_least_one, nargs="+", default=[300, 2000])
-    add("--block-size", type=at_least_one, default=16)
+    add("--block-size", type=int, choices=BLOCK_SIZES, default=16)
     add("--attention-backend", default="auto", help="of the paged side; xla is plain jax.numpy too")
     add(
         "--repetition-penalty",
-        type=float,
+        type=repetition_penalty,
         default=1.0,
         help="of the paged side's rows; other than 1, its step also bends the logits",
     )

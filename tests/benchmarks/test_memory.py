@@ -218,7 +218,9 @@ def test_the_command_ends_with_one_line_of_json(
     )
     monkeypatch.setattr(sys, "argv", command.split())
     memory.main()
-    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    out = capsys.readouterr().out
+    assert "hits is left out" in out
+    report = json.loads(out.splitlines()[-1])
     assert [entry["lengths"].split()[0] for entry in report["reports"]] == list(LAWS)
     for entry in report["reports"]:
         effective = {name: shares["effective"] for name, shares in entry["shares"].items()}
@@ -239,6 +241,66 @@ def test_the_command_ends_with_one_line_of_json(
     assert "passed over: the longest prompt takes 21 blocks" in out
     hits = json.loads(out.splitlines()[-1])["hits"]
     assert [entry["num_blocks"] for entry in hits] == [25, None]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--plot {folder}/nowhere/a.png", "expected a file in a folder that exists"),
+        ("--plot {folder}", "expected a file in a folder that exists"),
+        ("--plot a.png --parts cost", "--plot draws the part waste, got --parts cost"),
+        ("--parts hits", "a file that ends in .jsonl; got no --trace"),
+        ("--parts hits --trace {folder}/good.csv", "a file that ends in .jsonl; got"),
+        ("--load 0", "expected a finite number above 0, got '0'"),
+        ("--load -1", "expected a finite number above 0, got '-1'"),
+        ("--load 1 nan", "expected a finite number above 0, got 'nan'"),
+        ("--load inf", "expected a finite number above 0, got 'inf'"),
+        ("--block-size 24", "invalid choice: 24"),
+        ("--block-size 256", "invalid choice: 256"),
+        ("--beam-widths 2 33", "beam_width must be at most 32, got 33"),
+        ("--parts waste --trace {folder}/empty.csv", "needs a request with a prompt and an answer"),
+        ("--parts order --trace {folder}/empty.jsonl", "needs a prompt with tokens; got none in 0"),
+        ("--parts order --trace {folder}/short.jsonl", "short.jsonl, line 2: expected a JSON"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path, options, message
+):
+    whole = {"timestamp": 0, "input_length": 7, "output_length": 9, "hash_ids": [0]}
+    lines = [whole, {key: whole[key] for key in whole if key != "hash_ids"}]
+    (tmp_path / "short.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    (tmp_path / "good.csv").write_text("input_tokens,output_tokens\n7,9\n")
+    (tmp_path / "empty.csv").write_text("input_tokens,output_tokens\n7,0\n")
+    (tmp_path / "empty.jsonl").touch()
+    monkeypatch.setattr(sys, "argv", ["memory", *options.format(folder=tmp_path).split()])
+    with pytest.raises(SystemExit):
+        memory.main()
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.out == ""
+
+
+def test_a_trace_of_lengths_alone_serves_the_parts_that_need_no_more(tmp_path):
+    path = tmp_path / "lengths.jsonl"
+    path.write_text('{"input_length": 5, "output_length": 3}\n')
+    assert read_trace(path) == [RequestLengths(input_tokens=5, output_tokens=3)]
+    with pytest.raises(ValueError, match=r"lengths.jsonl, line 1: .* hash_ids"):
+        read_prompts(path, 1)
+
+
+def test_figures_are_printed_though_the_picture_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path
+):
+    def fail(*_: object) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(memory, "has_matplotlib", lambda: True)
+    monkeypatch.setattr(memory, "draw", fail)
+    command = f"memory --parts waste --requests 150 --slabs 5 --plot {tmp_path}/memory.png"
+    monkeypatch.setattr(sys, "argv", command.split())
+    with pytest.raises(OSError, match="the disk is full"):
+        memory.main()
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["benchmark"] == "memory"
 
 
 def test_beams_over_a_prompt_alone_save_all_of_it_but_once():
