@@ -12,6 +12,7 @@ the life before: a failure names its own, which alone replays it.
 
 import argparse
 import collections
+import contextlib
 import json
 import random
 import time
@@ -102,16 +103,15 @@ class Life:
         rng, prompt, config = self.rng, self._prompt(), self.scheduler.config
         widest = min(config.max_num_seqs, config.max_num_batched_tokens, NUM_TOKENS - 1)
         width = rng.randrange(1, widest + 1)
-        prompt = prompt[: (config.num_blocks - 1) // width * config.block_size - 1]
-        if not prompt:
+        room = _most_tokens(config, prompt, width)
+        if room == 0:
             return
-        room = (config.num_blocks - 1) // width * config.block_size - len(prompt)
         request = make_beam_request(
             str(self.num_submitted),
             prompt,
             BeamSearchParams(
                 beam_width=width,
-                max_tokens=rng.randrange(1, min(30, room) + 1),
+                max_tokens=rng.randrange(1, room + 1),
                 length_penalty=rng.choice([-1.0, 0.0, 1.0]),
                 early_stopping=rng.choice([False, True, "never"]),
                 ignore_eos=rng.random() < 0.7,
@@ -208,6 +208,15 @@ class Life:
                     wanted = wanted[: len(found)]
                 assert found == wanted, f"request {request.request_id}: {found}, not {wanted}"
             self.scheduler.oracle.forget(request.sequences)
+
+
+def _most_tokens(config: EngineConfig, prompt: list[int], width: int) -> int:
+    """Tokens, at most 30, that a search may generate behind the prompt; 0 if it never fits."""
+    for max_tokens in range(30, 0, -1):
+        with contextlib.suppress(ValueError):
+            config.check_lengths(len(prompt), max_tokens, num_beams=width)
+            return max_tokens
+    return 0
 
 
 def blast(num_operations: int, *, seed: int, every: int = 1) -> collections.Counter[str]:

@@ -55,7 +55,7 @@ def test_the_prompt_is_computed_once_and_beams_share_what_they_have_in_common():
 def test_a_pool_that_just_holds_the_beams_is_enough(width: int, caching: bool, slack: int):
     """Others come before and after, so that beams wait, are preempted and wait for one another."""
     preemptions = 0
-    for seed in range(16):
+    for seed in range(12):
         rng = random.Random(seed)
         num_prompt, max_tokens = rng.randrange(1, 24), rng.randrange(16, 40)
         needed = blocks_for_beams(width, num_prompt, max_tokens, caching=caching)
@@ -86,7 +86,7 @@ def test_a_pool_that_just_holds_the_beams_is_enough(width: int, caching: bool, s
         run_to_end(scheduler)
         assert_all_well(requests)
         preemptions += scheduler.counters.preemptions
-    assert preemptions > 3
+    assert preemptions > 2
 
 
 def blocks_for_beams(width: int, num_prompt: int, max_tokens: int, *, caching: bool) -> int:
