@@ -1,5 +1,6 @@
 """Beam search against `generate(num_beams=...)` of Transformers: the same tokens and scores."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -107,18 +108,7 @@ def test_the_default_models_beams_are_those_of_transformers(
         )
         for index in range(len(prompts))
     ]
-    expected = [
-        transformers_side.beam_search(
-            model,
-            prompt,
-            beam_width=beam_width,
-            max_tokens=NUM_TOKENS,
-            length_penalty=length_penalty,
-            early_stopping=early_stopping,
-            end_ids=[*smollm2_decoder.config.eos_token_ids, *params.stop_token_ids],
-        )
-        for prompt, params in zip(prompts, searches, strict=True)
-    ]
+    expected = theirs(model, prompts, searches, smollm2_decoder.config.eos_token_ids)
     start_without_reserve(monkeypatch)
     smallest = 1 + beam_width * -(-(max(LENGTHS) + NUM_TOKENS) // 8)
     for num_blocks in (4 * smallest, smallest):
@@ -142,6 +132,27 @@ def test_the_default_models_beams_are_those_of_transformers(
             assert_same(summed[0], summed[1], case, LOGPROBS)
             if length_penalty >= 0:
                 assert_same(found, pairs, case, LOGPROBS)
+
+
+def theirs(
+    model: Any,
+    prompts: list[list[int]],
+    searches: list[BeamSearchParams],
+    eos_token_ids: Sequence[int],
+) -> list[Any]:
+    """What Transformers finds for each prompt."""
+    return [
+        transformers_side.beam_search(
+            model,
+            prompt,
+            beam_width=params.beam_width,
+            max_tokens=NUM_TOKENS,
+            length_penalty=params.length_penalty,
+            early_stopping=params.early_stopping,
+            end_ids=[*eos_token_ids, *params.stop_token_ids],
+        )
+        for prompt, params in zip(prompts, searches, strict=True)
+    ]
 
 
 def _summed(found: Scored, length_penalty: float) -> Scored:
