@@ -5,7 +5,7 @@ freed too early, shared wrongly, not copied or copied too late shows at once.
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,28 +22,52 @@ class Oracle:
         self.block_size = config.block_size
         self.pool = np.zeros((config.num_blocks, config.block_size), np.int64)
         self.space = np.zeros((config.num_swap_blocks, config.block_size), np.int64)
+        self.slots = np.arange(self.pool.size).reshape(self.pool.shape)
         self.tables = np.zeros((config.max_num_seqs, config.max_blocks_per_seq), np.int64)
         self._histories: dict[Sequence, tuple[list[int], list[int]]] = {}  # tokens, numbers
 
-    def run(self, plan: StepPlan) -> None:
-        """Does what a step does, and checks what each row sees before and after it."""
-        self.move(plan)
+    def run(self, plan: StepPlan, running: Iterable[Sequence]) -> None:
+        """Does what a step does, and checks three times what each of the `running` sees.
+
+        Before blocks move, what is to be copied lies in the block that it is copied from, and what
+        comes back from host memory is nowhere in the pool; then both are where the tables say.
+        What another row of this step writes is seen when attention reads it, not before.
+        """
         for row in plan.rows:
             for column, block in row.new_blocks:
                 self.tables[row.row, column] = block
-        written = {block for row in plan.rows for block in self.blocks(row)[row.start :]}
-        for row in plan.rows:
-            # What another row of this step writes is there when attention reads it, not before.
-            before = [p for p, block in enumerate(self.blocks(row)) if block not in written]
-            self.assert_sees(row, np.array(before, np.int64))
+        planned = {row.sequence for row in plan.rows}
+        paused = [
+            _View(sequence.row, sequence, sequence.num_computed_tokens)
+            for sequence in running
+            if sequence.row is not None and sequence not in planned
+        ]
+        before = [*(_View(row.row, row.sequence, row.start) for row in plan.rows), *paused]
+        after = [*(_View(row.row, row.sequence, row.seq_len) for row in plan.rows), *paused]
+        self.assert_sees(before, self.origins(plan), hidden=self.written(plan, plan.swap_ins))
+        self.move(plan)
+        self.assert_sees(before, self.slots, hidden=self.written(plan, ()))
         for row in plan.rows:
             self.write(row)
-        for row in plan.rows:
-            self.assert_sees(row, np.arange(row.seq_len))
+        self.assert_sees(after, self.slots, hidden=np.zeros(self.slots.size, bool))
 
-    def blocks(self, row: ScheduledRow) -> list[int]:
-        """The block of each position that the row sees."""
-        return self.tables[row.row, np.arange(row.seq_len) // self.block_size].tolist()
+    def origins(self, plan: StepPlan) -> np.ndarray:
+        """Where the contents of each slot are before anything is copied."""
+        origins = self.slots.copy()
+        sources, destinations = _columns(plan.copies)
+        origins[destinations] = self.slots[sources]
+        return origins
+
+    def written(self, plan: StepPlan, swap_ins: Iterable[tuple[int, int]]) -> np.ndarray:
+        """Whether each slot gets its contents from a row of the plan, or by one of `swap_ins`."""
+        written = np.zeros(self.slots.shape, bool)
+        _, returning = _columns(swap_ins)
+        written[returning] = True
+        for row in plan.rows:
+            positions = np.arange(row.start, row.seq_len)
+            blocks = self.tables[row.row, positions // self.block_size]
+            written[blocks, positions % self.block_size] = True
+        return written.reshape(-1)
 
     def move(self, plan: StepPlan) -> None:
         """Swaps out, copies and swaps in; each reads all its sources before it writes."""
@@ -59,12 +83,17 @@ class Oracle:
         assert (blocks > 0).all(), f"row {row.row} writes to the null block"
         self.pool[blocks, positions % self.block_size] = self.history(row.sequence)[positions]
 
-    def assert_sees(self, row: ScheduledRow, positions: np.ndarray) -> None:
-        """Fails unless the row's table shows its own history at `positions`."""
-        blocks = self.tables[row.row, positions // self.block_size]
-        seen = self.pool[blocks, positions % self.block_size]
-        wrong = np.flatnonzero(seen != self.history(row.sequence)[positions])
-        assert not len(wrong), f"row {row.row} sees another history at {positions[wrong]}"
+    def assert_sees(self, views: "list[_View]", origins: np.ndarray, *, hidden: np.ndarray) -> None:
+        """Fails unless every table shows its sequence's own history, but in `hidden` slots.
+
+        Of each slot the contents are those of the slot in `origins`.
+        """
+        for row, sequence, num_tokens in views:
+            positions = np.arange(num_tokens)
+            place = self.tables[row, positions // self.block_size], positions % self.block_size
+            wrong = self.pool.reshape(-1)[origins[place]] != self.history(sequence)[:num_tokens]
+            wrong &= ~hidden[self.slots[place]]
+            assert not wrong.any(), f"row {row} sees another history at {positions[wrong]}"
 
     def history(self, sequence: Sequence) -> np.ndarray:
         """A number for each prefix of the sequence's tokens."""
@@ -83,9 +112,22 @@ class Oracle:
             self._histories.pop(sequence, None)
 
 
+class _View(NamedTuple):
+    """A sequence's first tokens, as the table of its row shows them."""
+
+    row: int
+    sequence: Sequence
+    num_tokens: int
+
+
 def _copy(source: np.ndarray, destination: np.ndarray, pairs: Iterable[tuple[int, int]]) -> None:
-    read, written = [i for i, _ in pairs], [i for _, i in pairs]
+    read, written = _columns(pairs)
     destination[written] = source[read]
+
+
+def _columns(pairs: Iterable[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    """Where each of the pairs comes from, and where it goes."""
+    return [i for i, _ in pairs], [i for _, i in pairs]
 
 
 class WatchedScheduler(Scheduler):
@@ -97,5 +139,5 @@ class WatchedScheduler(Scheduler):
 
     def commit(self, plan: StepPlan, *args: Any, **options: Any) -> list[Sequence]:
         """As a scheduler does, once the oracle has run the plan."""
-        self.oracle.run(plan)
+        self.oracle.run(plan, self.running)
         return super().commit(plan, *args, **options)

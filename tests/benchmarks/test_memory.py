@@ -326,8 +326,9 @@ def test_twenty_thousand_random_operations_keep_every_promise():
     counts = blast(20_000, seed=1)
     for name in ("forks", "searches", "beams that waited", "preemptions", "failed steps"):
         assert counts[name] > 50, f"{name}: {counts[name]}"
-    for name in ("aborted in a step", "resets"):
+    for name in ("aborted in a step", "resets", "swapped out", "swapped in"):
         assert counts[name] > 50, f"{name}: {counts[name]}"
+    assert counts["copied blocks"] > 500
     assert counts["hit tokens"] > 5_000
 
 

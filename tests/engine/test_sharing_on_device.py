@@ -1,6 +1,7 @@
 """Sharing where it counts: the jitted code moves the right bytes, and no output changes."""
 
 import contextlib
+import functools
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxtyping import Bool
 
 from benchmarks.oracle import Oracle, WatchedScheduler
 from jpaged import preparation
@@ -39,7 +41,7 @@ from tests.helpers import (
     tiny_decoder,
     tiny_engine,
 )
-from tests.host.test_sharing import busy_run
+from tests.host.test_broken_builds import busy_run
 
 
 class OracleOnDevice(Oracle):
@@ -175,7 +177,7 @@ def test_cold_warm_and_preempted_outputs_are_those_of_prompts_alone(
 ):
     logits, tokens = unshared
     engine = case.engine(num_blocks=num_blocks, num_swap_blocks=num_swap_blocks)
-    fill_with_nan(engine)
+    poison_between_steps(engine)
     for round_ in ("cold", "warm"):
         hits_before = engine.stats().hit_rate
         requests = case.requests()
@@ -198,7 +200,7 @@ def test_forks_of_greedy_sampling_all_say_what_one_alone_says(
 ):
     _, tokens = unshared
     engine = case.engine()
-    fill_with_nan(engine)
+    poison_between_steps(engine)
     requests = case.requests(n=3)
     run_to_end(engine, requests)
     for request, (alone,) in zip(requests, tokens, strict=True):
@@ -237,6 +239,32 @@ def test_a_long_cached_prefix_enters_its_table_in_several_goes(monkeypatch: pyte
     assert generated(cold) == generated(warm)
 
 
-def fill_with_nan(engine: Engine) -> None:
-    """Poison in every slot: what nobody wrote must never be seen."""
-    engine.runner.pool = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), engine.runner.pool)
+def poison_between_steps(engine: Engine) -> None:
+    """Fills every slot that nobody owns with NaN, now and after each step: none may be seen."""
+    step = engine.step
+
+    def step_and_poison() -> list[TokenSequence]:
+        ended = step()
+        engine.runner.pool = poisoned(engine.runner.pool, ~owned_slots(engine))
+        return ended
+
+    engine.runner.pool = poisoned(engine.runner.pool, ~owned_slots(engine))
+    engine.step = step_and_poison
+
+
+def owned_slots(engine: Engine) -> np.ndarray:
+    """Whether each slot, `[P, S]`, is cached or holds a token of a sequence that runs."""
+    scheduler, size = engine.scheduler, engine.scheduler.config.block_size
+    owned = np.zeros((scheduler.pool.num_blocks, size), bool)
+    owned[[block for block in range(len(owned)) if block in scheduler.pool.cache]] = True
+    for sequence in scheduler.running:
+        positions = np.arange(sequence.num_computed_tokens)
+        blocks = np.array(sequence.block_ids, np.int32)[positions // size]
+        owned[blocks, positions % size] = True
+    return owned
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def poisoned(pool: tuple[jax.Array, ...], unowned: Bool[jax.Array, "P S"]) -> tuple[jax.Array, ...]:
+    """The pool with NaN in unowned slots. Compiles once per pool."""
+    return jax.tree.map(lambda leaf: jnp.where(unowned[:, None, :, None], jnp.nan, leaf), pool)

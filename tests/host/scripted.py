@@ -6,6 +6,7 @@ import random
 import sys
 import types
 from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +58,23 @@ def make_scheduler(**changes: Any) -> WatchedScheduler:
 
 
 def make_request(
-    name: str, num_prompt: int, *, seed: int = 1, priority: int = 0, **params: object
+    name: str,
+    num_prompt: int,
+    *,
+    tail: SequenceOf[int] = (),
+    seed: int = 1,
+    priority: int = 0,
+    **params: object,
 ) -> Request:
-    """A request that asks for 6 tokens and ignores the end of sequence, unless told otherwise."""
+    """A request that asks for 6 tokens and ignores the end of sequence, unless told otherwise.
+
+    Its prompt is `num_prompt` tokens that all prompts begin with, and then `tail`.
+    """
     given = {"max_tokens": 6, "ignore_eos": True} | params
     request = Request(
         request_id=name,
         prompt=None,
-        prompt_token_ids=[index % len(LETTERS) for index in range(num_prompt)],
+        prompt_token_ids=[*(index % len(LETTERS) for index in range(num_prompt)), *tail],
         params=SamplingParams(**given),  # pyright: ignore[reportArgumentType]
         seed=seed,
         priority=priority,
@@ -78,6 +88,7 @@ def make_beams(
     num_prompt: int,
     beam_width: int,
     *,
+    tail: SequenceOf[int] = (),
     seed: int = 1,
     priority: int = 0,
     **params: object,
@@ -86,7 +97,7 @@ def make_beams(
     given = {"beam_width": beam_width, "max_tokens": 6} | params
     request = make_beam_request(
         name,
-        [index % len(LETTERS) for index in range(num_prompt)],
+        [*(index % len(LETTERS) for index in range(num_prompt)), *tail],
         BeamSearchParams(**given),  # pyright: ignore[reportArgumentType]
         seed=seed,
         max_model_len=MAX_MODEL_LEN,

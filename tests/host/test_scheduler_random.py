@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 from hypothesis import assume, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from jpaged.invariants import check
 from jpaged.outputs import Logprob
 from jpaged.requests import Request, Sequence
 from jpaged.scheduler import Scheduler
 from tests.host.scripted import (
+    LETTERS,
     MAX_MODEL_LEN,
     InjectedError,
     assert_request_undisturbed,
@@ -27,6 +28,14 @@ from tests.host.scripted import (
     step,
 )
 
+SALTS = st.sampled_from([None, None, "salt"])
+
+
+def tails(most: int) -> st.SearchStrategy[list[int]]:
+    """What prompts end with that otherwise begin alike: up to `most` times the same token."""
+    tokens, counts = st.integers(0, len(LETTERS) - 1), st.integers(0, most)
+    return st.builds(lambda token, count: [token] * count, tokens, counts)
+
 
 class RandomUse(RuleBasedStateMachine):
     """Requests come, go and are cut short; whatever is not aborted ends as if it ran alone."""
@@ -36,10 +45,25 @@ class RandomUse(RuleBasedStateMachine):
         self.scheduler = make_scheduler()
         self.requests: list[Request] = []
 
+    @initialize(
+        num_blocks=st.sampled_from([10, 14]),  # of the first, nine: the longest request fits
+        max_num_batched_tokens=st.sampled_from([11, 60]),
+        num_swap_blocks=st.sampled_from([0, 6, 40]),
+        enable_prefix_caching=st.sampled_from([True, True, False]),
+        crowd=st.sampled_from([0, 4, 4]),
+    )
+    def begin(self, crowd: int, **limits: int) -> None:
+        """Often with more than the pool holds at once: else few are preempted in so few steps."""
+        self.scheduler = make_scheduler(**limits)
+        for index in range(crowd):
+            self.submit(17, 40, 0, tail=[index] * 9)
+
     @rule(
         num_prompt=st.integers(1, 40),
+        tail=tails(20),
+        cache_salt=SALTS,
         n=st.integers(1, 3),
-        max_tokens=st.integers(1, 25),
+        max_tokens=st.integers(1, 40),
         min_tokens=st.integers(0, 3),
         stop=st.lists(st.sampled_from(["ab", "c", "eee"]), max_size=2),
         ignore_eos=st.booleans(),
@@ -58,8 +82,10 @@ class RandomUse(RuleBasedStateMachine):
         self.requests.append(request)
 
     @rule(
-        num_prompt=st.integers(1, 15),
-        beam_width=st.integers(1, 4),
+        num_prompt=st.integers(1, 9),
+        tail=tails(6),
+        cache_salt=SALTS,
+        beam_width=st.integers(1, 3),
         max_tokens=st.integers(1, 9),
         early_stopping=st.sampled_from([False, True, "never"]),
         ignore_eos=st.booleans(),
@@ -71,10 +97,16 @@ class RandomUse(RuleBasedStateMachine):
         self.scheduler.add(request)
         self.requests.append(request)
 
-    @rule(num_steps=st.integers(1, 8))
+    @rule(num_steps=st.integers(1, 20))
     def run(self, num_steps: int) -> None:
         for _ in range(num_steps):
             step(self.scheduler)
+
+    @precondition(lambda self: self.scheduler.num_running > 1)
+    @rule()
+    def run_until_one_is_preempted(self) -> None:
+        while (plan := step(self.scheduler)) is not None and not plan.preempted:
+            pass
 
     @precondition(lambda self: self.scheduler.has_work)
     @rule(after=st.integers(0, 3_000))
@@ -114,6 +146,12 @@ class RandomUse(RuleBasedStateMachine):
         self.scheduler.abort(choice.choice(sorted(self.scheduler.requests)))
         check(self.scheduler, plan)
         commit(self.scheduler, plan)
+
+    @rule()
+    def reset_prefix_cache(self) -> None:
+        done = self.scheduler.reset_prefix_cache()
+        assert done == (self.scheduler.num_running == 0)
+        assert not done or len(self.scheduler.pool.cache) == 0
 
     @invariant()
     def promises_hold(self) -> None:
