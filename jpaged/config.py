@@ -74,7 +74,7 @@ class EngineConfig:
                 f"max_num_batched_tokens allow {self.max_running}; lower beam_width or raise them"
             )
         num_shared = (num_prompt - 1) // self.block_size if self.enable_prefix_caching else 0
-        num_own = self.blocks_for(longest) - num_shared
+        num_own = self.blocks_for(longest - 1) - num_shared  # nobody reads the last token's K/V
         num_needed, num_there = num_shared + num_beams * num_own, self.num_blocks - 1
         if num_needed > num_there:
             beams = f", {num_beams} beams" if num_beams > 1 else ""

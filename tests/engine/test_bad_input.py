@@ -234,8 +234,8 @@ def test_whether_a_prompt_for_the_answer_is_added_is_a_flag(llm: LLM):
 
 
 def test_a_request_that_only_the_pool_refuses_names_both_numbers(llm: LLM):
-    with pytest.raises(ValueError, match=r"5 prompt tokens and max_tokens=60 .* 9 blocks .* has 8"):
-        llm.generate(GOOD, dataclasses.replace(GREEDY, max_tokens=60))
+    with pytest.raises(ValueError, match=r"5 prompt tokens and max_tokens=61 .* 9 blocks .* has 8"):
+        llm.generate(GOOD, dataclasses.replace(GREEDY, max_tokens=61))
 
 
 @pytest.mark.parametrize(

@@ -90,9 +90,9 @@ def test_a_pool_that_just_holds_the_beams_is_enough(width: int, caching: bool, s
 
 
 def blocks_for_beams(width: int, num_prompt: int, max_tokens: int, *, caching: bool) -> int:
-    """Blocks of 8 that hold all beams at their longest, whole blocks of the prompt shared."""
+    """Blocks of 8 that hold all beams but their last token, whole blocks of the prompt shared."""
     num_shared = (num_prompt - 1) // 8 if caching else 0
-    return num_shared + width * (-(-(num_prompt + max_tokens) // 8) - num_shared)
+    return num_shared + width * (-(-(num_prompt + max_tokens - 1) // 8) - num_shared)
 
 
 def test_a_beam_that_has_its_candidates_waits_for_those_that_were_preempted():

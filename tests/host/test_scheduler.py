@@ -91,12 +91,12 @@ def test_a_prompt_without_room_for_a_token_is_refused_with_both_numbers():
 def test_what_can_never_fit_the_pool_is_refused_with_both_numbers_before_anything_changes():
     scheduler = make_scheduler(num_blocks=5)
     with pytest.raises(ValueError, match="may need 5 blocks of 8 tokens and the pool has 4"):
-        scheduler.add(make_request("a", 20, max_tokens=13))
+        scheduler.add(make_request("a", 20, max_tokens=14))
     with pytest.raises(ValueError, match="max_tokens=None may need 9 blocks"):
         scheduler.add(make_request("b", 3, max_tokens=None))
     check(scheduler)
     assert not scheduler.has_work
-    scheduler.add(make_request("a", 20, max_tokens=12))
+    scheduler.add(make_request("a", 20, max_tokens=13))
     run_to_end(scheduler)
 
 

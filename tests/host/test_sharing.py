@@ -98,13 +98,13 @@ def test_a_miss_evicts_what_was_freed_longest_ago_and_a_tail_before_its_head(
 
 
 def blocks_of_a_miss(scheduler: WatchedScheduler) -> list[int]:
-    """The blocks of 160 tokens, one of them an answer, that nobody knows: all that there are."""
-    scheduler.add(ask("miss", list(range(100, 259)), max_tokens=1))
+    """The blocks of 160 tokens that nobody knows: all that there are."""
+    scheduler.add(ask("miss", list(range(100, 260)), max_tokens=1))
     hits_before = scheduler.counters.hit_tokens
     plan = step(scheduler)
     assert plan is not None
     assert scheduler.counters.hit_tokens == hits_before
-    assert scheduler.pool.num_cached == 9  # its own, but for the last, which is not full
+    assert scheduler.pool.num_cached == 10  # its own
     return [block for _, block in plan.rows[0].new_blocks]
 
 
