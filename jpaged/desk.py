@@ -186,6 +186,7 @@ class Desk:
 
     def _drop(self, requests: list[Request]) -> None:
         scheduler = self.engine.scheduler
+        scheduler.mend()  # one that was being added may wait there, unknown
         for request in requests:
             request_id = request.request_id
             # One that was refused may bear the id of another, which stays.

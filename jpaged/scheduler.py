@@ -81,7 +81,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queues each sequence of `request`, or raises and changes nothing."""
-        self._mend()
+        self.mend()
         self.validate(request)
         self.check_room(len(request.sequences))
         self._torn = True
@@ -110,6 +110,7 @@ class Scheduler:
 
     def check_room(self, num_sequences: int) -> None:
         """Raises QueueFullError where so many sequences more would be too many that wait."""
+        self.mend()
         num_waiting, most = len(self.waiting), self.config.max_waiting
         if num_waiting + num_sequences > most:
             raise QueueFullError(
@@ -119,7 +120,7 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """Plans the next step, or returns None when there is nothing to do."""
-        self._mend()
+        self.mend()
         assert self._plan is None, "a plan is either committed or given up by recover()"
         if not self.running and not self.waiting:
             return None
@@ -179,7 +180,7 @@ class Scheduler:
 
     def reset_prefix_cache(self) -> bool:
         """Forgets every cached prefix; False, and nothing done, while sequences hold blocks."""
-        self._mend()
+        self.mend()
         if self.running:
             return False
         self._torn = True
@@ -225,15 +226,15 @@ class Scheduler:
         self._torn = False
         return found
 
+    def mend(self) -> None:
+        """Recovers if the last call here was cut short and its caller did not."""
+        if self._torn:
+            self.recover()
+
     def _start_over(self) -> None:
         """Makes all that is held free, and both queues empty."""
         self._plan: StepPlan | None = None
         self._planner = Planner(self.config, self.counters)
-
-    def _mend(self) -> None:
-        """Recovers if the last call here was cut short and its caller did not."""
-        if self._torn:
-            self.recover()
 
     def _take(self, sequence: Sequence, token: int, logprobs: dict[int, Logprob] | None) -> None:
         if logprobs is not None:  # before the token, which is what makes both count
@@ -245,7 +246,7 @@ class Scheduler:
         settle(sequence, self.config.max_model_len, self.eos_token_ids)
 
     def _end(self, requests: list[Request], reason: FinishReason) -> list[Sequence]:
-        self._mend()
+        self.mend()
         self._torn = True
         ended = [s for request in requests for s in request.sequences if not s.finished]
         for sequence in ended:
