@@ -61,8 +61,10 @@ class Used:
 def main() -> None:
     """Prints a table for people and, last, one JSON line."""
     options = _options()
+    lengths = _lengths(options)
     engines = {name: _engine(options, extra) for name, extra in ENGINES.items()}
-    pairs = _pairs(options, vocab_size=engines[DEFAULT].engine.runner.model.vocab_size)
+    vocab_size = engines[DEFAULT].engine.runner.model.vocab_size
+    pairs = _pairs(lengths, options, vocab_size=vocab_size)
     used: dict[str, Used] = {}
 
     def run(name: str, work: Work) -> None:
@@ -78,8 +80,8 @@ def main() -> None:
     _print_table(report)
     model = engines[DEFAULT].model_source
     figures = {"benchmark": "savings", "num_blocks": options.num_blocks, "pairs": report}
-    lengths = options.trace or f"ShareGPT's law, seed {options.seed}"
-    print(json.dumps({**figures, "lengths": lengths, "model": model, **provenance()}))
+    figures["lengths"] = options.trace or f"ShareGPT's law, seed {options.seed}"
+    print(json.dumps({**figures, "model": model, **provenance()}))
 
 
 def _options() -> argparse.Namespace:
@@ -92,9 +94,9 @@ def _options() -> argparse.Namespace:
     add("--model", help="directory, .gguf file or hub id; by default the default model")
     add("--dtype", default="float32")
     add("--trace", type=existing_file, help="CSV with input_tokens, output_tokens, or Mooncake")
-    add("--sequences", type=at_least_one, default=48, help="answers of each run, about")
+    add("--sequences", type=at_least_one, default=48, help="answers that each run generates")
     add("--parallel", type=at_least_one, nargs="+", default=[2, 4, 6], help="answers to a prompt")
-    add("--system-prompt", type=at_least_one, default=512, help="its tokens")
+    add("--system-prompt", type=at_least_one, default=512, help="tokens of the system prompt")
     add("--max-input", type=at_least_one, default=512, help="longer prompts are clipped")
     add("--max-output", type=at_least_one, default=128, help="longer answers are clipped")
     add("--num-blocks", type=at_least_one, default=513, help="of each engine, null block counted")
@@ -117,15 +119,22 @@ def _engine(options: argparse.Namespace, extra: Mapping[str, Any]) -> LLM:
     )
 
 
-def _pairs(options: argparse.Namespace, *, vocab_size: int) -> dict[str, tuple[Work, Work]]:
+def _lengths(options: argparse.Namespace) -> list[RequestLengths]:
+    count = options.sequences
+    lengths = (
+        trace_lengths(options.trace, count)
+        if options.trace
+        else sharegpt_lengths(count, seed=options.seed)
+    )
+    clip = {"max_input": options.max_input, "max_output": options.max_output}
+    return [pair.clipped(**clip) for pair in lengths]
+
+
+def _pairs(
+    lengths: list[RequestLengths], options: argparse.Namespace, *, vocab_size: int
+) -> dict[str, tuple[Work, Work]]:
     """By title, what is run with something and what without it, in this order."""
     count, seed = options.sequences, options.seed
-    lengths: list[RequestLengths] = (
-        trace_lengths(options.trace, count) if options.trace else sharegpt_lengths(count, seed=seed)
-    )
-    lengths = [
-        p.clipped(max_input=options.max_input, max_output=options.max_output) for p in lengths
-    ]
     prompts = random_prompts(lengths, vocab_size=vocab_size, seed=seed)
     limits = [pair.output_tokens for pair in lengths]
     pairs = {}
