@@ -115,6 +115,7 @@ def _engine(options: argparse.Namespace, extra: Mapping[str, Any]) -> LLM:
         num_blocks=options.num_blocks,
         max_num_seqs=min(64, options.sequences),
         max_model_len=options.system_prompt + options.max_input + options.max_output,
+        use_tqdm=False,
         **extra,
     )
 
@@ -170,7 +171,7 @@ def _run(llm: LLM, work: Work) -> Used:
         SamplingParams(n=work.n, max_tokens=limit, seed=index, ignore_eos=True, detokenize=False)
         for index, limit in enumerate(work.max_tokens)
     ]
-    outputs = llm.generate(work.prompts, params)
+    outputs = llm.generate(work.prompts, params, use_tqdm=False)
     found = sum(len(one.token_ids) for output in outputs for one in output.outputs)
     assert found == work.num_tokens, f"{found} tokens came, {work.num_tokens} were asked for"
     now = llm.engine.scheduler.counters

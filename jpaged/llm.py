@@ -113,11 +113,7 @@ class LLM:
         self._maker = RequestMaker(self.model_config, self.tokenizer, seed=options.seed)
         self._desk = Desk(self.engine, self._maker)
         if warm_up:
-            try:
-                self.engine.runner.warm_up(progress=use_tqdm)
-            except BaseException:  # whoever keeps the traceback would keep weights and pool
-                self.close()
-                raise
+            self._warm_up(progress=use_tqdm)
 
     def generate(
         self,
@@ -272,6 +268,13 @@ class LLM:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _warm_up(self, *, progress: bool) -> None:
+        try:
+            self.engine.runner.warm_up(progress=progress)
+        except BaseException:  # whoever keeps the traceback would keep weights and pool
+            self.close()
+            raise
 
     def _make(
         self, prompt: Prompt, sampling_params: SamplingParams | None, priority: int
