@@ -58,15 +58,23 @@ class OthersShare:
         return round(max(0.0, (busy - self._busy) / elapsed / (os.cpu_count() or 1)), 3)
 
 
-def interleaved(runs: Mapping[str, Callable[[], object]], *, repeats: int) -> dict[str, Timing]:
+def interleaved(
+    runs: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int,
+    prepare: Callable[[str], object] | None = None,
+) -> dict[str, Timing]:
     """Times every run `repeats` times, in rounds, so that noise falls on all of them alike.
 
-    A run returns only when its results are on the host.
+    A run returns only when its results are on the host. `prepare` gets its name just before, off
+    the clock.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     shares: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeats):
         for name, run in runs.items():
+            if prepare is not None:
+                prepare(name)
             load, start = OthersShare(), time.perf_counter()
             run()
             elapsed = time.perf_counter() - start
