@@ -35,19 +35,22 @@ class Draft:
             is_new, new_blocks = True, list(enumerate(sequence.block_ids))
             sequence.is_forked = False
         start = sequence.num_computed_tokens
-        self.num_left -= num_tokens
+        samples = start + num_tokens == len(sequence.token_ids)
+        feeds_back = sequence.last_token_on_device and num_tokens == 1
+        # By position: every step makes one for each row, and by name it takes twice as long.
         row = ScheduledRow(
-            sequence=sequence,
-            row=sequence.row,
-            start=start,
-            num_tokens=num_tokens,
-            samples=start + num_tokens == sequence.num_tokens,
-            new_blocks=tuple(new_blocks),
-            is_new=is_new,
-            feeds_back=sequence.last_token_on_device and num_tokens == 1,
+            sequence,
+            sequence.row,
+            start,
+            num_tokens,
+            samples,
+            tuple(new_blocks),
+            is_new,
+            feeds_back,
         )
+        self.num_left -= num_tokens
         self.rows.append(row)
-        if row.samples and not row.feeds_back and not sequence.num_output_tokens:
+        if samples and not feeds_back and not sequence.num_output_tokens:
             self.leads.append(row)
 
     def fork(self, sequence: Sequence, lead: ScheduledRow) -> None:

@@ -94,7 +94,8 @@ class Planner:
                 columns = own_tail(pool, sequence, size, draft.copies)
                 columns += grow(pool, sequence, end, self.config)
             draft.add(sequence, num_tokens, columns)
-            self._register(sequence, start, end)
+            if start // size < end // size:
+                self._register(sequence, start, end)
 
     def _num_spare(self, draft: Draft) -> int:
         """Tokens of the budget that are left when every running sequence has had one."""
@@ -219,9 +220,9 @@ class Planner:
         sequence.row = self.free_rows.pop()
 
     def _register(self, sequence: Sequence, start: int, end: int) -> None:
-        size = self.config.block_size
-        if self.config.enable_prefix_caching and start // size < end // size:
-            register_filled(self.pool.cache, sequence, start, end, size)
+        """Makes known the blocks that the tokens `start` to `end - 1` fill, if there are any."""
+        if self.config.enable_prefix_caching:
+            register_filled(self.pool.cache, sequence, start, end, self.config.block_size)
 
     def _release(self, sequence: Sequence) -> None:
         assert sequence.row is not None, "only a running sequence holds anything"
