@@ -88,6 +88,16 @@ def trace_lengths(path: str | os.PathLike, num_requests: int) -> list[RequestLen
     return lengths[:num_requests]
 
 
+def clipped_lengths(
+    trace: str | None, num_requests: int, *, seed: int, max_input: int, max_output: int
+) -> list[RequestLengths]:
+    """The first lengths of a trace, or else of ShareGPT's law, none beyond the limits."""
+    lengths = (
+        trace_lengths(trace, num_requests) if trace else sharegpt_lengths(num_requests, seed=seed)
+    )
+    return [pair.clipped(max_input=max_input, max_output=max_output) for pair in lengths]
+
+
 def read_trace(path: str | os.PathLike) -> list[RequestLengths]:
     """Every request of a CSV file with `input_tokens` and `output_tokens`, or of a Mooncake trace.
 

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.arguments import BLOCK_SIZES, at_least_one, existing_file
-from benchmarks.lengths import RequestLengths, random_prompts, sharegpt_lengths, trace_lengths
+from benchmarks.lengths import RequestLengths, clipped_lengths, random_prompts
 from benchmarks.measure import Timing, interleaved, provenance
 from jpaged import LLM, SamplingParams
 
@@ -124,14 +124,13 @@ def _engine(options: argparse.Namespace, extra: Mapping[str, Any]) -> LLM:
 
 
 def _lengths(options: argparse.Namespace) -> list[RequestLengths]:
-    count = options.sequences
-    lengths = (
-        trace_lengths(options.trace, count)
-        if options.trace
-        else sharegpt_lengths(count, seed=options.seed)
+    return clipped_lengths(
+        options.trace,
+        options.sequences,
+        seed=options.seed,
+        max_input=options.max_input,
+        max_output=options.max_output,
     )
-    clip = {"max_input": options.max_input, "max_output": options.max_output}
-    return [pair.clipped(**clip) for pair in lengths]
 
 
 def _pairs(

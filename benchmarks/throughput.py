@@ -24,7 +24,7 @@ from jaxtyping import DTypeLike
 from benchmarks import baseline_model
 from benchmarks.arguments import at_least_one, existing_file
 from benchmarks.baseline import Baseline
-from benchmarks.lengths import RequestLengths, random_prompts, sharegpt_lengths, trace_lengths
+from benchmarks.lengths import clipped_lengths, random_prompts
 from benchmarks.measure import CompileLog, Timing, interleaved, provenance
 from jpaged import LLM, SamplingParams
 from jpaged_models import Checkpoint, open_checkpoint
@@ -121,14 +121,13 @@ def _options() -> argparse.Namespace:
 
 
 def _requests(options: argparse.Namespace, vocab_size: int) -> Requests:
-    lengths: list[RequestLengths] = (
-        trace_lengths(options.trace, options.requests)
-        if options.trace
-        else sharegpt_lengths(options.requests, seed=options.seed)
+    lengths = clipped_lengths(
+        options.trace,
+        options.requests,
+        seed=options.seed,
+        max_input=options.max_input,
+        max_output=options.max_output,
     )
-    lengths = [
-        pair.clipped(max_input=options.max_input, max_output=options.max_output) for pair in lengths
-    ]
     return Requests(
         prompts=random_prompts(lengths, vocab_size=vocab_size, seed=options.seed),
         max_tokens=[pair.output_tokens for pair in lengths],
