@@ -3,220 +3,262 @@
 pallas_kernels/README.md draws the algorithm.
 """
 
+import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, Real
 
-from pallas_kernels.layout import MASKED
+from pallas_kernels.tpu.ring import Ring, Walk
+from pallas_kernels.tpu.softmax import LANES, Head, Softmax, absorb, head_lanes
 
-NUM_BUFFERS = 2  # one tile is computed on while the next one arrives
-MIN_GROUP = 8  # queries of a head, padded: a register has 8 sublanes
-MAX_TILE_TOKENS = 512  # fewer in flight and the latency of a copy shows
-MAX_TILE_BYTES = 2 << 20  # NUM_BUFFERS of them, queries and results fit the 16 MiB of a v5e program
-LANES = 128
+SUBLANES = 8  # queries of a head are padded to whole registers
+MAX_TILE_BYTES = 2 << 20  # a ring of them, queries and results fit the 16 MiB of a v5e program
+MAX_LOGITS = 48 << 10  # of the heads that are computed on at once: registers hold 64 K floats
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeTile:
+    """How the kernel cuts a context: blocks of a tile, and tiles in the ring."""
+
+    blocks: int
+    ring: int = 3
+
+    def __post_init__(self) -> None:
+        if self.blocks < 1:
+            raise ValueError(f"a tile must have at least 1 block, got {self.blocks}")
+        if self.ring < 2:
+            raise ValueError(f"a ring must have at least 2 tiles, got {self.ring}")
 
 
 def paged_decode(
     q: Float[Array, "B N H"],
-    pool: Float[Array, "P K S W"],
+    pool: Real[Array, "P K S W"],
     block_tables: Int32[Array, "B M"],
     seq_lens: Int32[Array, " B"],
     *,
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
-    tile_blocks: int | None = None,
+    sinks: Float[Array, " N"] | None = None,
+    kv_scales: Float[Array, "2 K"] | None = None,
+    tile: DecodeTile | None = None,
+    static_len: int | None = None,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> Float[Array, "B N H"]:
     """Attention of one query token a row; a row of length 0 gives zeros.
 
     The token is the one at position `seq_lens - 1`, and its K and V are in the pool. Slots at and
     behind `seq_lens`, slots that have left the window and blocks that no row names may hold NaN.
-    `tile_blocks` blocks are fetched and computed on at a time, by default as many as fit well.
-    With `interpret` a TPU is simulated on whatever device there is, as `InterpretParams` say.
+    Ids of live blocks must be in the pool: the hardware does not look. `static_len` is every row's
+    length, for a compiler's estimate. With `interpret` a TPU is simulated on whatever device there
+    is, as `InterpretParams` say.
     """
-    _check(pool, tile_blocks)
     B, N, H = q.shape
     _, K, _, W = pool.shape
     G = N // K
-    # Widened by zeros to the pool's lanes: its product with a row of K|V is then q.k.
-    q_BNW = jnp.pad(q.astype(pool.dtype), [(0, 0), (0, 0), (0, W - H)])
-    q_BKGW = q_BNW.reshape(B, K, G, W)
-    q_BKGW = jnp.pad(q_BKGW, [(0, 0), (0, 0), (0, -G % MIN_GROUP), (0, 0)])
-    out_BKGW = _decode_call(
+    check(pool)
+    queries = -(-G // SUBLANES) * SUBLANES
+    # Float32, since Mosaic cannot take half a register of bfloat16 on v5e.
+    q_BKQV = q.reshape(B, K, G, H).astype(jnp.float32)
+    q_BKQV = jnp.pad(q_BKQV, [(0, 0), (0, 0), (0, queries - G), (0, head_lanes(W) - H)])
+    if sinks is not None:
+        sinks = jnp.pad(
+            sinks.reshape(K, G, 1).astype(jnp.float32), [(0, 0), (0, queries - G), (0, 0)]
+        )
+    out_BKGV = _decode_call(
         seq_lens,
         block_tables[:, None, :],
-        q_BKGW,
+        q_BKQV,
         pool,
-        out_dtype=q.dtype,
-        tile_blocks=tile_blocks or _default_tile_blocks(pool, block_tables.shape[1]),
+        sinks,
+        kv_scales,
+        compute_dtype=compute_dtype(q, pool),
+        tile=tile or default_tile(pool, block_tables.shape[1], queries),
         scale=scale,
         window=window,
         soft_cap=soft_cap,
+        static_len=static_len,
         interpret=pltpu.InterpretParams() if interpret is True else interpret,
     )
-    return out_BKGW[:, :, :G, H:].reshape(B, N, H)
+    return out_BKGV[:, :, :G, -H:].reshape(B, N, H).astype(q.dtype)
 
 
-def _check(pool: Float[Array, "P K S W"], tile_blocks: int | None) -> None:
-    """What this kernel asks beyond what `dispatch` asked for every backend."""
+def check(pool: Real[Array, "P K S W"]) -> None:
+    """What the TPU kernels ask beyond what `dispatch` asked for every backend."""
     S = pool.shape[2]
-    if S % MIN_GROUP:
-        raise ValueError(f"block size must be a multiple of {MIN_GROUP}, got {S}; or use `xla`")
-    if pool.dtype not in (jnp.bfloat16, jnp.float32):
-        raise ValueError(f"the pool must be bfloat16 or float32, got {pool.dtype}; use `xla`")
-    if tile_blocks is not None and tile_blocks < 1:
-        raise ValueError(f"tile_blocks must be at least 1, got {tile_blocks}; None picks a size")
+    if S % SUBLANES:
+        raise ValueError(f"block size must be a multiple of {SUBLANES}, got {S}; or use `xla`")
+    names = ["bfloat16", "float32", "int8", "float8_e4m3fn"]
+    if pool.dtype.name not in names:
+        raise ValueError(f"the pool must be one of {names}, got {pool.dtype}; or use `xla`")
 
 
-def _default_tile_blocks(pool: Float[Array, "P K S W"], max_blocks: int) -> int:
-    """Blocks of a tile, in whole registers of logits where they fit; no longer than a table."""
+def compute_dtype(q: Float[Array, "..."], pool: Real[Array, "..."]) -> jnp.dtype:
+    """What queries, keys and values are multiplied in; a quantised pool's are exact in either."""
+    if pool.dtype in (jnp.bfloat16, jnp.float32):
+        return pool.dtype
+    return jnp.dtype(jnp.float32 if q.dtype == jnp.float32 else jnp.bfloat16)
+
+
+def default_tile(pool: Real[Array, "P K S W"], max_blocks: int, queries: int) -> DecodeTile:
+    """As many tokens as two MiB and the registers hold; no longer than a table."""
     _, K, S, W = pool.shape
-    block_bytes = K * S * max(W, LANES) * pool.dtype.itemsize
-    blocks = min(MAX_TILE_BYTES // block_bytes, MAX_TILE_TOKENS // S)
-    unit = max(1, LANES // S)
+    # A quantised tile is there once more in what it is multiplied in.
+    block_bytes = K * S * -(-W // LANES) * LANES * max(pool.dtype.itemsize, 2)
+    blocks = min(MAX_TILE_BYTES // block_bytes, MAX_LOGITS // (queries * S * min(K, 3)))
+    unit = max(1, LANES // S)  # whole registers of logits
     blocks = min(blocks, pl.cdiv(max_blocks, unit) * unit)
-    return max(1, blocks // unit * unit if blocks >= unit else blocks)
+    return DecodeTile(blocks=max(1, blocks // unit * unit if blocks >= unit else blocks))
 
 
 def _decode_call(
     seq_lens: Int32[Array, " B"],
     block_tables: Int32[Array, "B 1 M"],
-    q: Float[Array, "B K G W"],
-    pool: Float[Array, "P K S W"],
+    q: Float[Array, "B K Q V"],
+    pool: Real[Array, "P K S W"],
+    sinks: Float[Array, "K Q 1"] | None,
+    kv_scales: Float[Array, "2 K"] | None,
     *,
-    out_dtype: jnp.dtype,
-    tile_blocks: int,
+    compute_dtype: jnp.dtype,
+    tile: DecodeTile,
     scale: float,
     window: int | None,
     soft_cap: float | None,
+    static_len: int | None,
     interpret: bool | pltpu.InterpretParams,
-) -> Float[Array, "B K G W"]:
-    """The kernel over a grid of rows; the pool stays where it is, a row's table comes to SMEM."""
-    B, K, G, W = q.shape
-    S, M = pool.shape[2], block_tables.shape[2]
-    heads = pl.BlockSpec((None, K, G, W), lambda row: (row, 0, 0, 0))
-    kernel = functools.partial(_decode_kernel, scale=scale, window=window, soft_cap=soft_cap)
+) -> Float[Array, "B K Q V"]:
+    """The kernel over a grid of rows; the pool stays where it is, two rows' tables are in SMEM."""
+    B, K, Q, V = q.shape
+    S, W = pool.shape[2:]
+    M = block_tables.shape[2]
+    whole_smem = pl.BlockSpec(memory_space=pltpu.SMEM)
+    # All tables would not fit the 1 MiB of SMEM at 256 rows of 1024 blocks.
+    table = pl.BlockSpec((None, 1, M), lambda row: (row, 0, 0), memory_space=pltpu.SMEM)
+    next_table = pl.BlockSpec(
+        (None, 1, M), lambda row: (jnp.minimum(row + 1, B - 1), 0, 0), memory_space=pltpu.SMEM
+    )
     return pl.pallas_call(
-        kernel,
+        functools.partial(
+            _decode_kernel,
+            compute_dtype=compute_dtype,
+            scale=scale,
+            window=window,
+            soft_cap=soft_cap,
+            static_len=static_len,
+        ),
         name="paged_decode",
         grid=(B,),
         in_specs=[
-            pl.BlockSpec(memory_space=pltpu.SMEM),
-            # The whole table would not fit the 1 MiB of SMEM at 256 rows of 1024 blocks.
-            pl.BlockSpec((None, 1, M), lambda row: (row, 0, 0), memory_space=pltpu.SMEM),
-            heads,
+            whole_smem,
+            table,
+            next_table,
+            pl.BlockSpec((None, K, Q, V), lambda row: (row, 0, 0, 0)),
             pl.BlockSpec(memory_space=pl.ANY),
+            None if sinks is None else pl.BlockSpec((K, Q, 1), lambda row: (0, 0, 0)),
+            None if kv_scales is None else whole_smem,
         ],
-        out_specs=heads,
-        out_shape=jax.ShapeDtypeStruct(q.shape, out_dtype),
+        out_specs=pl.BlockSpec((None, K, Q, V), lambda row: (row, 0, 0, 0)),
+        out_shape=jax.ShapeDtypeStruct((B, K, Q, V), jnp.float32),
         scratch_shapes=[
-            pltpu.VMEM((NUM_BUFFERS, K, tile_blocks * S, W), pool.dtype),
-            # Two tiles are in flight at once: were they to share a semaphore, a wait for the
-            # older one could be satisfied by blocks of the younger.
-            pltpu.SemaphoreType.DMA((NUM_BUFFERS,)),
+            pltpu.VMEM((tile.ring, K, tile.blocks * S, W), pool.dtype),
+            pltpu.SemaphoreType.DMA((tile.ring,)),
+            pltpu.SMEM((1,), jnp.int32),
+            pltpu.VMEM((K, Q, LANES), jnp.float32),
+            pltpu.VMEM((K, Q, LANES), jnp.float32),
+            pltpu.VMEM((K, Q, V), jnp.float32),
         ],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        # Block ids are the scheduler's own; to check each costs more than to start its copy.
+        compiler_params=pltpu.CompilerParams(disable_bounds_checks=True),
         interpret=interpret,
-    )(seq_lens, block_tables, q, pool)
+    )(seq_lens, block_tables, block_tables, q, pool, sinks, kv_scales)
 
 
 def _decode_kernel(
     seq_lens_ref,  # i32[B] in SMEM
-    block_table_ref,  # i32[1, M] in SMEM
-    q_ref,  # [K, G, W], zero in the value lanes
+    table_ref,  # i32[1, M] in SMEM
+    next_table_ref,  # i32[1, M] in SMEM, of the next row
+    q_ref,  # f32[K, Q, V], zero behind the first H lanes
     pool_ref,  # [P, K, S, W] in HBM
-    o_ref,  # [K, G, W], the result in the value lanes
-    kv_ref,  # [buffers, K, C, W], scratch: a tile of C tokens each
-    arrived_ref,  # semaphores [buffers]
+    sinks_ref,  # f32[K, Q, 1], or None
+    kv_scales_ref,  # f32[2, K] in SMEM, or None
+    o_ref,  # f32[K, Q, V], the result in the last H lanes
+    kv_ref,  # [ring, K, C, W], scratch: a tile of C tokens each
+    arrived_ref,  # DMA semaphores [ring]
+    turn_ref,  # i32[1] in SMEM
+    high_ref,  # f32[K, Q, LANES]
+    total_ref,  # f32[K, Q, LANES]
+    values_ref,  # f32[K, Q, V]
     *,
+    compute_dtype: jnp.dtype,
     scale: float,
     window: int | None,
     soft_cap: float | None,
+    static_len: int | None,
 ):
     """One row: its blocks pass through the ring a tile at a time, under an online softmax."""
-    num_buffers, _, C, _ = kv_ref.shape
-    (num_semaphores,) = arrived_ref.shape
-    K, G, W = q_ref.shape
-    S = pool_ref.shape[2]
-    end = seq_lens_ref[pl.program_id(0)]
-    start = 0 if window is None else jnp.maximum(end - window, 0)
-    first_tile, end_tile = start // C, pl.cdiv(end, C)
-    precision = jax.lax.Precision.HIGHEST if kv_ref.dtype == jnp.float32 else None
+    _, K, C, _ = kv_ref.shape
+    Q = q_ref.shape[1]
+    row, num_rows = pl.program_id(0), pl.num_programs(0)
+    ring = Ring(pool_ref, kv_ref, arrived_ref, turn_ref)
+    softmax = Softmax(high_ref, total_ref, values_ref)
 
-    def copies(tile, act):
-        """Acts on the copy of each of the tile's blocks that hold a visible token."""
-        first = tile * (C // S)
+    def walk(row, table) -> Walk:
+        """What a row sees; the row behind the last one, nothing."""
+        if static_len is not None:
+            return Walk(table, 0 if window is None else max(static_len - window, 0), static_len)
+        end = jnp.where(row < num_rows, seq_lens_ref[jnp.minimum(row, num_rows - 1)], 0)
+        return Walk(table, 0 if window is None else jnp.maximum(end - window, 0), end)
 
-        def copy(column, _):
-            slots = kv_ref.at[
-                tile % num_buffers, :, pl.ds(pl.multiple_of((column - first) * S, S), S), :
-            ]
-            block = pool_ref.at[block_table_ref[0, column]]
-            act(pltpu.make_async_copy(block, slots, arrived_ref.at[tile % num_semaphores]))
+    this, following = walk(row, table_ref), walk(row + 1, next_table_ref)
 
-        last = jnp.minimum(first + C // S, pl.cdiv(end, S))
-        jax.lax.fori_loop(jnp.maximum(first, start // S), last, copy, None)
+    def absorb_tile(tile, tile_ref) -> None:
+        def visible(shape, axis):
+            positions = tile * C + jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+            return (positions >= this.start) & (positions < this.end)
 
-    def visible(tile, shape, axis):
-        positions = tile * C + jax.lax.broadcasted_iota(jnp.int32, shape, axis)
-        return (positions >= start) & (positions < end)
+        def absorb_slots(slots_ref) -> None:
+            size = slots_ref.shape[1]
 
-    def absorb(tile, state):
-        @pl.when(tile + 1 < end_tile)
-        def _fetch_next():
-            copies(tile + 1, _start)
+            @pl.when((tile * C < this.start) | (tile * C + size > this.end))
+            def _clear_unseen():  # unused slots may hold NaN, and zero times NaN is NaN
+                kv = slots_ref[...]
+                slots_ref[...] = jnp.where(visible(kv.shape, 1), kv, jnp.zeros_like(kv))
 
-        copies(tile, _wait)
+            seen_QC = visible((Q, size), 1)
+            for group in _groups(K, Q * size):
+                heads = [
+                    Head(
+                        head,
+                        q_ref[head].astype(compute_dtype),
+                        slots_ref[head].astype(compute_dtype),
+                        scale if kv_scales_ref is None else scale * kv_scales_ref[0, head],
+                    )
+                    for head in group
+                ]
+                absorb(softmax, heads, seen_QC, soft_cap=soft_cap)
 
-        @pl.when((tile * C < start) | ((tile + 1) * C > end))
-        def _clear_unseen():  # unused slots may hold NaN, and zero times NaN is NaN
-            kv = kv_ref[tile % num_buffers]
-            kv_ref[tile % num_buffers] = jnp.where(visible(tile, kv.shape, 1), kv, 0)
+        few = C // 4  # a short context need not pay for a whole tile
+        if few % LANES:
+            absorb_slots(tile_ref)
+            return
+        is_short = this.end - tile * C <= few
+        pl.when(is_short)(lambda: absorb_slots(tile_ref.at[:, pl.ds(0, few), :]))
+        pl.when(jnp.logical_not(is_short))(lambda: absorb_slots(tile_ref))
 
-        high, total, values = state
-        kv = kv_ref[tile % num_buffers]
-        # The query is zero in the value lanes, so this is q times k without slicing k out.
-        logits = scale * jnp.einsum(
-            "KGW,KCW->KGC",
-            q_ref[...],
-            kv,
-            precision=precision,
-            preferred_element_type=jnp.float32,
-        )
-        if soft_cap is not None:
-            logits = soft_cap * jnp.tanh(logits / soft_cap)
-        logits = jnp.where(visible(tile, logits.shape, 2), logits, MASKED)
-        new_high = jnp.maximum(high, jnp.max(logits, axis=-1, keepdims=True))
-        shrink = jnp.exp(high - new_high)
-        weights = jnp.exp(logits - new_high)
-        weighted = jnp.einsum(
-            "KGC,KCW->KGW",
-            weights.astype(kv.dtype),
-            kv,
-            precision=precision,
-            preferred_element_type=jnp.float32,
-        )
-        total = total * shrink + jnp.sum(weights, axis=-1, keepdims=True)
-        return new_high, total, values * shrink + weighted
-
-    copies(first_tile, _start)
-    state = (
-        jnp.full((K, G, 1), MASKED, jnp.float32),
-        jnp.zeros((K, G, 1), jnp.float32),
-        jnp.zeros((K, G, W), jnp.float32),
-    )
-    _, total, values = jax.lax.fori_loop(first_tile, end_tile, absorb, state)
-    o_ref[...] = (values / jnp.where(total > 0, total, 1)).astype(o_ref.dtype)
+    softmax.reset(sinks_ref)
+    ring.stream(this, following, absorb_tile, is_first=row == 0)
+    for head in range(K):
+        values = softmax.result(head)
+        o_ref[head] = values if kv_scales_ref is None else values * kv_scales_ref[1, head]
 
 
-def _start(copy):
-    copy.start()
-
-
-def _wait(copy):
-    copy.wait()
+def _groups(num_heads: int, logits: int) -> list[range]:
+    """Heads of so many logits, cut into few groups of like size that the registers hold."""
+    count = pl.cdiv(num_heads, max(1, MAX_LOGITS // logits))
+    cuts = [num_heads * i // count for i in range(count + 1)]
+    return [range(*cut) for cut in itertools.pairwise(cuts)]

@@ -4,7 +4,6 @@ The simulator fills memory with NaN, and so does every test the slots that no ro
 """
 
 import functools
-import importlib
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +14,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import TypeCheckError
 
 from pallas_kernels.tpu import decode
+from pallas_kernels.tpu.ring import Ring
 from tests.helpers import TOLERANCES, assert_close
+from tests.kernels.simulator import Outcome, simulate
 
 
 class Case(NamedTuple):
@@ -72,32 +73,14 @@ def make_case(
     return Case(*arrays, jnp.asarray(lens, jnp.int32), options, expected)
 
 
-class Outcome(NamedTuple):
-    """What the kernel gave, and whether the simulator saw a race."""
+def run(case: Case, *, tile_blocks: int | None = 2, ring: int = 3, **params: Any) -> Outcome:
+    tile = tile_blocks and decode.DecodeTile(blocks=tile_blocks, ring=ring)
+    arrays = case.q, case.pool, case.block_tables, case.seq_lens
 
-    out: np.ndarray
-    raced: bool
+    def kernel(mode: pltpu.InterpretParams) -> jax.Array:
+        return decode.paged_decode(*arrays, tile=tile, interpret=mode, **case.options)
 
-
-def simulate(case: Case, *, tile_blocks: int | None = 2, **params: Any) -> Outcome:
-    """Runs the kernel in the simulator; its race flag is private, its 0.10 form has no other."""
-    simulator = importlib.import_module("jax._src.pallas.mosaic.interpret.interpret_pallas_call")
-    if hasattr(pltpu.InterpretParams, "on_race"):  # later versions would raise
-        params["on_race"] = "warn"
-    mode = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", **params)
-    try:
-        out = decode.paged_decode(
-            case.q,
-            case.pool,
-            case.block_tables,
-            case.seq_lens,
-            tile_blocks=tile_blocks,
-            interpret=mode,
-            **case.options,
-        )
-        return Outcome(np.asarray(out, np.float64), simulator.races.races_found)
-    finally:
-        pltpu.reset_tpu_interpret_mode_state()
+    return simulate(kernel, **params)
 
 
 def check(case: Case, outcome: Outcome) -> None:
@@ -107,7 +90,7 @@ def check(case: Case, outcome: Outcome) -> None:
 
 def test_lengths_around_a_block_and_a_tile_agree_with_numpy():
     case = make_case([1, 7, 8, 9, 16, 17, 32, 33, 50])
-    check(case, simulate(case))
+    check(case, run(case))
 
 
 @pytest.mark.parametrize(
@@ -123,28 +106,28 @@ def test_lengths_around_a_block_and_a_tile_agree_with_numpy():
 )
 def test_head_counts_and_sizes_agree_with_numpy(heads: tuple[int, int, int], dtype: str):
     case = make_case([21, 5], heads=heads, dtype=dtype, scale=heads[2] ** -0.5)
-    check(case, simulate(case))
+    check(case, run(case))
 
 
 def test_blocks_longer_than_logits_registers_agree_with_numpy():
     case = make_case([131, 2], block_size=128)
-    check(case, simulate(case, tile_blocks=1))
+    check(case, run(case, tile_blocks=1))
 
 
 def test_the_default_tile_agrees_with_numpy():
     case = make_case([37, 3, 150], block_size=16)
-    check(case, simulate(case, tile_blocks=None))
+    check(case, run(case, tile_blocks=None))
 
 
 @pytest.mark.parametrize("tile_blocks", [3, 11])
 def test_a_tile_need_not_divide_a_table_and_may_be_longer(tile_blocks: int):
     case = make_case([3, 33, 8])
-    check(case, simulate(case, tile_blocks=tile_blocks))
+    check(case, run(case, tile_blocks=tile_blocks))
 
 
 def test_rows_of_length_zero_give_zeros():
     case = make_case([0, 19, 0])
-    outcome = simulate(case)
+    outcome = run(case)
     check(case, outcome)
     assert not outcome.out[[0, 2]].any()
     assert outcome.out[1].any()
@@ -153,7 +136,7 @@ def test_rows_of_length_zero_give_zeros():
 @pytest.mark.parametrize("window", [1, 11, 40])
 def test_a_window_sees_its_last_tokens_only(window: int):
     case = make_case([50, 8, 12, 0, 33], window=window)
-    check(case, simulate(case))
+    check(case, run(case))
 
 
 def test_only_blocks_that_hold_a_visible_token_are_fetched():
@@ -163,30 +146,30 @@ def test_only_blocks_that_hold_a_visible_token_are_fetched():
     needed_BM = (firsts_BM < lens_B1) & (firsts_BM + 8 > lens_B1 - 19)
     nowhere = case.pool.shape[0] + 5  # the simulator raises where a copy leaves the pool
     case = case._replace(block_tables=jnp.where(needed_BM, case.block_tables, nowhere))
-    check(case, simulate(case))
+    check(case, run(case))
 
 
 def test_a_soft_cap_bends_the_logits():
     case = make_case([29, 6], soft_cap=0.7)
     straight = make_case([29, 6])
-    check(case, simulate(case))
+    check(case, run(case))
     assert np.abs(case.expected - straight.expected).max() > 0.01
 
 
 def test_blocks_that_arrive_at_once_agree_too():
     case = make_case([40, 17], window=30)
-    check(case, simulate(case, dma_execution_mode="eager"))
+    check(case, run(case, dma_execution_mode="eager"))
 
 
-def test_one_buffer_for_two_tiles_is_found_to_race(monkeypatch: pytest.MonkeyPatch):
-    vmem = pltpu.VMEM  # of the scratch shapes, the ring is in VMEM; its semaphores stay two
-    monkeypatch.setattr(pltpu, "VMEM", lambda shape, dtype: vmem((1, *shape[1:]), dtype))
-    assert simulate(make_case([50])).raced
+def test_one_buffer_for_all_tiles_is_found_to_race(monkeypatch: pytest.MonkeyPatch):
+    slots = Ring._slots
+    monkeypatch.setattr(Ring, "_slots", lambda ring, _, *blocks: slots(ring, 0, *blocks))
+    assert run(make_case([50])).raced
 
 
 def test_blocks_used_before_they_arrived_give_nan(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(decode, "_wait", lambda copy: None)
-    assert np.isnan(simulate(make_case([50])).out).any()
+    monkeypatch.setattr(Ring, "_wait", lambda *_: None)
+    assert np.isnan(run(make_case([50])).out).any()
 
 
 def test_the_kernel_runs_inside_a_jitted_step_by_plain_interpret():
@@ -207,7 +190,6 @@ def test_a_wrong_shape_is_refused_by_the_annotations():
     [
         ({"pool": jnp.zeros((4, 2, 12, 32))}, "multiple of 8, got 12"),
         ({"pool": jnp.zeros((4, 2, 8, 32), jnp.float16)}, "got float16"),
-        ({"tile_blocks": 0}, "tile_blocks must be at least 1"),
     ],
 )
 def test_what_the_kernel_cannot_do_is_refused(change: dict[str, Any], message: str):
