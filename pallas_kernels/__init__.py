@@ -17,6 +17,7 @@ from pallas_kernels.layout import (
     rows_of_tokens,
     slots_of_tokens,
 )
+from pallas_kernels.quantize import kv_scales_of
 from pallas_kernels.xla import read_blocks, write_blocks
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "choose_backend",
     "copy_blocks",
     "default_backend",
+    "kv_scales_of",
     "paged_attention",
     "paged_decode",
     "pool_shape",

@@ -3,10 +3,11 @@
 import enum
 import functools
 import logging
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, Real
 
 from pallas_kernels import reference, xla
 from pallas_kernels.cpu import attention as cpu
@@ -14,6 +15,7 @@ from pallas_kernels.cpu.build import BuildError
 from pallas_kernels.gpu import decode as gpu_decode
 from pallas_kernels.gpu import ragged as gpu_ragged
 from pallas_kernels.layout import PagedBatch, decode_batch
+from pallas_kernels.quantize import LARGEST, is_quantized, quantize
 from pallas_kernels.tpu import decode as tpu_decode
 
 logger = logging.getLogger(__name__)  # unconfigured, Python prints its warnings on stderr
@@ -33,6 +35,7 @@ class Backend(enum.Enum):
 
 MIN_SCALE = 1e-6  # and its inverse: beyond, a masked logit is no longer the lowest
 MIN_CAPABILITY = 8.0  # of a GPU: XLA compiles no Triton below
+GPU_BACKENDS = (Backend.PALLAS_GPU, Backend.PALLAS_GPU_INTERPRET)
 
 
 def default_backend(platform: str | None = None) -> Backend:
@@ -102,13 +105,15 @@ def _warn_once(message: str) -> None:
 
 def paged_decode(
     q: Float[Array, "B N H"],
-    pool: Float[Array, "P K S W"],
+    pool: Real[Array, "P K S W"],
     block_tables: Int32[Array, "B M"],
     seq_lens: Int32[Array, " B"],
     *,
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
+    kv_scales: Float[Array, "2 K"] | None = None,
     backend: Backend,
 ) -> Float[Array, "B N H"]:
     """Attention over the pool of one query token a row, the token at position `seq_lens - 1`.
@@ -116,15 +121,26 @@ def paged_decode(
     Its K and V are in the pool already. A row of length 0 is padding and gives zeros. With
     `window`, a token sees itself and the `window - 1` before it; with `soft_cap`, logits pass
     through `soft_cap * tanh(logits / soft_cap)`.
+
+    `sinks` are logits, one for each query head, that take weight and bring no value: a head's
+    weights are `exp(logits) / (sum(exp(logits)) + exp(sink))`. They are neither scaled nor capped.
+    gpt-oss learns them (its model card, arXiv 2508.10925); attention sinks are from StreamingLLM
+    (arXiv 2309.17453).
+
+    A pool of int8 or float8_e4m3fn needs `kv_scales`, for keys in row 0 and for values in row 1:
+    what stands in the pool, times its head's scale, is the key or the value.
     """
     _check(q, pool, scale, window, soft_cap)
-    options = {"scale": scale, "window": window, "soft_cap": soft_cap}
+    _check_scales(pool, kv_scales, backend)
+    options = _given(
+        scale=scale, window=window, soft_cap=soft_cap, sinks=sinks, kv_scales=kv_scales
+    )
     if backend in (Backend.PALLAS_TPU, Backend.PALLAS_TPU_INTERPRET):
         interpret = backend is Backend.PALLAS_TPU_INTERPRET
         return tpu_decode.paged_decode(
             q, pool, block_tables, seq_lens, interpret=interpret, **options
         )
-    if backend in (Backend.PALLAS_GPU, Backend.PALLAS_GPU_INTERPRET):
+    if backend in GPU_BACKENDS:
         interpret = backend is Backend.PALLAS_GPU_INTERPRET
         return gpu_decode.paged_decode(
             q, pool, block_tables, seq_lens, interpret=interpret, **options
@@ -137,54 +153,65 @@ def paged_decode(
 
 def paged_attention(
     q: Float[Array, "T N H"],
-    pool: Float[Array, "P K S W"],
+    pool: Real[Array, "P K S W"],
     batch: PagedBatch,
     *,
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
+    kv_scales: Float[Array, "2 K"] | None = None,
     backend: Backend,
 ) -> Float[Array, "T N H"]:
     """Causal attention over the pool of a ragged batch (`PagedBatch` says how it is laid out).
 
     The T axis is at least as long as the B axis. Where no kernel takes ragged rows, rows of one
-    token go to `paged_decode`'s.
+    token go to `paged_decode`'s, which says what the options are.
     """
     _check(q, pool, scale, window, soft_cap)
+    _check_scales(pool, kv_scales, backend)
     _check_batch(q, batch)
-    options = {"scale": scale, "window": window, "soft_cap": soft_cap}
+    options = _given(
+        scale=scale, window=window, soft_cap=soft_cap, sinks=sinks, kv_scales=kv_scales
+    )
     if backend in (Backend.REFERENCE, Backend.CPU):
         module = reference if backend is Backend.REFERENCE else cpu
         return module.paged_attention(q, pool, batch, **options)
     B = batch.seq_lens.shape[0]
     decode_lens = jnp.where(jnp.arange(B) < batch.num_decodes, batch.seq_lens, 0)
     decoded = paged_decode(q[:B], pool, batch.block_tables, decode_lens, backend=backend, **options)
-    if backend in (Backend.PALLAS_GPU, Backend.PALLAS_GPU_INTERPRET):
+    if backend in GPU_BACKENDS:
         interpret = backend is Backend.PALLAS_GPU_INTERPRET
         return gpu_ragged.paged_prefill(q, pool, batch, decoded, interpret=interpret, **options)
     return xla.paged_prefill(q, pool, batch, decoded, **options)
 
 
 def write_kv(
-    pool: Float[Array, "P K S W"],
+    pool: Real[Array, "P K S W"],
     k: Float[Array, "T K H"],
     v: Float[Array, "T K H"],
     slots: Int32[Array, " T"],
     *,
+    kv_scales: Float[Array, "2 K"] | None = None,
     backend: Backend,
-) -> Float[Array, "P K S W"]:
+) -> Real[Array, "P K S W"]:
     """The pool with each token's K and V in slot `block * S + offset`.
 
-    Several tokens may name the null block; other slots are distinct.
+    Several tokens may name the null block; other slots are distinct. A quantised pool gets them by
+    `kv_scales` (`paged_decode` says which), rounded to the nearest and cut to what its dtype keeps.
     """
-    if backend is Backend.REFERENCE:
-        return reference.write_kv(pool, k, v, slots)
-    return xla.write_kv(pool, k, v, slots)
+    _check_scales(pool, kv_scales, backend)
+    if kv_scales is None:
+        kv = jnp.concatenate([k, v], axis=-1).astype(pool.dtype)
+    else:
+        kv = quantize(k, v, kv_scales, pool.dtype)
+    module = reference if backend is Backend.REFERENCE else xla
+    return module.write_kv(pool, kv, slots)
 
 
 def copy_blocks(
-    pools: tuple[Float[Array, "P K S W"], ...], copies: Int32[Array, "X 2"], count: Int32[Array, ""]
-) -> tuple[Float[Array, "P K S W"], ...]:
+    pools: tuple[Real[Array, "P K S W"], ...], copies: Int32[Array, "X 2"], count: Int32[Array, ""]
+) -> tuple[Real[Array, "P K S W"], ...]:
     """Every layer's pool after the first `count` of the (source, destination) block copies.
 
     They are done in order: a destination may have been the source of a copy before it.
@@ -192,9 +219,14 @@ def copy_blocks(
     return xla.copy_blocks(pools, copies, count)
 
 
+def _given(**options: Any) -> dict[str, Any]:
+    """Those that are not None, which is every backend's default: it may lack what nobody asks."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def _check(
     q: Float[Array, "T N H"],
-    pool: Float[Array, "P K S W"],
+    pool: Real[Array, "P K S W"],
     scale: float,
     window: int | None,
     soft_cap: float | None,
@@ -228,6 +260,29 @@ def _check(
         raise ValueError(
             f"soft_cap must be positive and finite in float32, got {soft_cap}; None is no cap"
         )
+
+
+def _check_scales(
+    pool: Real[Array, "P K S W"], kv_scales: Float[Array, "2 K"] | None, backend: Backend
+) -> None:
+    """Raises ValueError where the pool's dtype, its scales and the backend do not go together."""
+    name, quantized = pool.dtype.name, is_quantized(pool.dtype)
+    if not quantized and (pool.dtype.itemsize == 1 or not jnp.issubdtype(pool.dtype, jnp.floating)):
+        raise ValueError(
+            f"a pool is of floating point, or quantised as {' or '.join(LARGEST)}, got {name}; "
+            "make it of one of these"
+        )
+    if quantized and kv_scales is None:
+        raise ValueError(
+            f"a pool of {name} needs kv_scales of shape (2, {pool.shape[1]}), got None; "
+            "kv_scales_of finds them from keys and values"
+        )
+    if not quantized and kv_scales is not None:
+        raise ValueError(
+            f"kv_scales are for a pool of {' or '.join(LARGEST)}, got one of {name}; leave them out"
+        )
+    if quantized and backend in GPU_BACKENDS:
+        raise ValueError(f"{backend.value} needs a pool of 16 or 32 bits, got {name}; use `xla`")
 
 
 def _check_batch(q: Float[Array, "T N H"], batch: PagedBatch) -> None:

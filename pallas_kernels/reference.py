@@ -2,19 +2,21 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, Real
 
 from pallas_kernels.layout import MASKED, PagedBatch
 
 
 def paged_attention(
     q: Float[Array, "T N H"],
-    pool: Float[Array, "P K S W"],
+    pool: Real[Array, "P K S W"],
     batch: PagedBatch,
     *,
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
+    kv_scales: Float[Array, "2 K"] | None = None,
 ) -> Float[Array, "T N H"]:
     """Causal attention of a ragged batch over the pool, one token at a time."""
     T, N, H = q.shape
@@ -31,11 +33,17 @@ def paged_attention(
             visible_C &= context > position - window
         kv = jnp.moveaxis(pool[table], 1, 0).reshape(K, C, 2 * H).astype(jnp.float32)
         kv = jnp.where(visible_C[None, :, None], kv, 0)  # unused slots may hold NaN
+        if kv_scales is not None:
+            kv *= jnp.repeat(kv_scales, H, axis=0).T[:, None, :]
         q_KGH = q[token].reshape(K, N // K, H).astype(jnp.float32)
         logits_KGC = jnp.einsum("KGH,KCH->KGC", q_KGH, kv[..., :H]) * scale
         if soft_cap is not None:
             logits_KGC = soft_cap * jnp.tanh(logits_KGC / soft_cap)
-        weights_KGC = jax.nn.softmax(jnp.where(visible_C[None, None, :], logits_KGC, MASKED))
+        logits_KGC = jnp.where(visible_C[None, None, :], logits_KGC, MASKED)
+        if sinks is not None:
+            sinks_KG1 = sinks.reshape(K, N // K, 1).astype(jnp.float32)
+            logits_KGC = jnp.concatenate([logits_KGC, sinks_KG1], axis=-1)
+        weights_KGC = jax.nn.softmax(logits_KGC)[..., :C]
         out = jnp.einsum("KGC,KCH->KGH", weights_KGC, kv[..., H:]).reshape(N, H)
         return jnp.where(row < batch.seq_lens.shape[0], out, 0).astype(q.dtype)
 
@@ -43,17 +51,13 @@ def paged_attention(
 
 
 def write_kv(
-    pool: Float[Array, "P K S W"],
-    k: Float[Array, "T K H"],
-    v: Float[Array, "T K H"],
-    slots: Int32[Array, " T"],
-) -> Float[Array, "P K S W"]:
-    """The pool with each token's K and V in its slot."""
+    pool: Real[Array, "P K S W"], kv: Real[Array, "T K W"], slots: Int32[Array, " T"]
+) -> Real[Array, "P K S W"]:
+    """The pool with each token's K|V row in its slot."""
     S = pool.shape[2]
 
-    def write(token: Int32[Array, ""], pool: Float[Array, "P K S W"]) -> Float[Array, "P K S W"]:
+    def write(token: Int32[Array, ""], pool: Real[Array, "P K S W"]) -> Real[Array, "P K S W"]:
         block, offset = slots[token] // S, slots[token] % S
-        kv = jnp.concatenate([k[token], v[token]], axis=-1).astype(pool.dtype)
-        return pool.at[block, :, offset].set(kv)
+        return pool.at[block, :, offset].set(kv[token])
 
-    return jax.lax.fori_loop(0, k.shape[0], write, pool)
+    return jax.lax.fori_loop(0, kv.shape[0], write, pool)

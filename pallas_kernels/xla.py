@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32, Real
 
 from pallas_kernels.layout import MASKED, PagedBatch
+from pallas_kernels.quantize import is_quantized
 
 # Rows and tokens of a tile: rows x tokens x K x 2H x 4 bytes should stay inside a core's L2 cache;
 # at 3 KV heads of size 64, 8 rows of 128 tokens are 1.5 MB.
@@ -30,15 +31,25 @@ class Softmax(NamedTuple):
     values: Float[Array, "*dims H"]
 
 
+class PerHead(NamedTuple):
+    """What differs from head to head, in shapes that go with logits of [*dims, Q, C]."""
+
+    scale: Float[Array, "*dims 1 1"]  # of logits, with what the keys are stored by
+    value_scale: Float[Array, "*dims 1 1"]
+    sinks: Float[Array, "*dims Q 1"]
+
+
 def paged_decode(
     q: Float[Array, "B N H"],
-    pool: Float[Array, "P K S W"],
+    pool: Real[Array, "P K S W"],
     block_tables: Int32[Array, "B M"],
     seq_lens: Int32[Array, " B"],
     *,
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
+    kv_scales: Float[Array, "2 K"] | None = None,
 ) -> Float[Array, "B N H"]:
     """Attention of one query token a row, in groups of rows; a row of length 0 gives zeros.
 
@@ -53,13 +64,14 @@ def paged_decode(
     q_groups = jnp.pad(q.reshape(B, K, N // K, H), [(0, padding), (0, 0), (0, 0), (0, 0)])
     tables = jnp.pad(block_tables, [(0, padding), (0, 0)])
     lens = jnp.pad(seq_lens, [(0, padding)])
+    per_head = jax.tree.map(lambda x: x[None], _per_head(scale, sinks, kv_scales, heads=(N, K)))
 
     def attend(group: Int32[Array, ""], out: Float[Array, "B K G H"]) -> Float[Array, "B K G H"]:
         def take(x: Array) -> Array:
             return jax.lax.dynamic_slice_in_dim(x, group * rows, rows)
 
         found = _decode_group(
-            take(q_groups), pool, take(tables), take(lens), scale, window, soft_cap
+            take(q_groups), pool, take(tables), take(lens), per_head, window, soft_cap
         )
         found = found.astype(out.dtype)  # the group worked in the pool's dtype
         return jax.lax.dynamic_update_slice_in_dim(out, found, group * rows, 0)
@@ -75,10 +87,10 @@ def paged_decode(
 
 def _decode_group(
     q: Float[Array, "B K G H"],
-    pool: Float[Array, "P K S W"],
+    pool: Real[Array, "P K S W"],
     tables: Int32[Array, "B M"],
     lens: Int32[Array, " B"],
-    scale: float,
+    per_head: PerHead,
     window: int | None,
     soft_cap: float | None,
 ) -> Float[Array, "B K G H"]:
@@ -89,7 +101,7 @@ def _decode_group(
     tokens = columns * S
     tables = jnp.pad(tables, [(0, 0), (0, -tables.shape[1] % columns)])
     heads_K = jnp.arange(K)
-    q = q.astype(pool.dtype)
+    q = q.astype(_product_dtype(q, pool))
 
     def walk(tile: Int32[Array, ""], state: Softmax) -> Softmax:
         blocks_BM = jax.lax.dynamic_slice_in_dim(tables, tile * columns, columns, axis=1)
@@ -97,11 +109,13 @@ def _decode_group(
         kv = pool[blocks_BM[:, None, :], heads_K[None, :, None]].reshape(B, K, tokens, 2 * H)
         positions_C = tile * tokens + jnp.arange(tokens)
         visible_BC = positions_C[None, :] < lens[:, None]
-        kv = jnp.where(visible_BC[:, None, :, None], kv, 0)  # unused slots may hold NaN
+        # Unused slots may hold NaN. A quantised tile becomes what the query is, here and no larger.
+        kv = jnp.where(visible_BC[:, None, :, None], kv, 0).astype(q.dtype)
         if window is not None:
             visible_BC &= positions_C[None, :] >= lens[:, None] - window
         keys, values = kv[..., :H], kv[..., H:]
-        return _absorb(state, q, keys, values, visible_BC[:, None, None, :], scale, soft_cap)
+        visible = visible_BC[:, None, None, :]
+        return _absorb(state, q, keys, values, visible, per_head.scale, soft_cap)
 
     state = Softmax(
         jnp.full((B, K, G, 1), MASKED, jnp.float32),
@@ -112,18 +126,20 @@ def _decode_group(
     if window is not None:
         first = jnp.maximum(jnp.min(jnp.where(lens > 0, lens, jnp.max(lens))) - window, 0) // tokens
     state = jax.lax.fori_loop(first, -(-jnp.max(lens) // tokens), walk, state)
-    return _finish(state).astype(q.dtype)
+    return _finish(state, per_head).astype(q.dtype)
 
 
 def paged_prefill(
     q: Float[Array, "T N H"],
-    pool: Float[Array, "P K S W"],
+    pool: Real[Array, "P K S W"],
     batch: PagedBatch,
     decoded: Float[Array, "B N H"],
     *,
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
+    kv_scales: Float[Array, "2 K"] | None = None,
 ) -> Float[Array, "T N H"]:
     """Causal attention of a ragged batch whose decode rows are `decoded` already.
 
@@ -138,6 +154,7 @@ def paged_prefill(
     tiles_B = jnp.where(jnp.arange(B) < batch.num_decodes, 0, -(-query_lens_B // query_tokens))
     tile_ends_B = jnp.cumsum(tiles_B)
     q_padded = jnp.pad(q, [(0, query_tokens), (0, 0), (0, 0)]).reshape(-1, K, N // K, H)
+    per_head = _per_head(scale, sinks, kv_scales, heads=(N, K))
 
     def attend(tile: Int32[Array, ""], out: Float[Array, "T K G H"]) -> Float[Array, "T K G H"]:
         row = jnp.searchsorted(tile_ends_B, tile, side="right")
@@ -149,7 +166,7 @@ def paged_prefill(
         positions += jnp.arange(query_tokens)
         last = positions[0] + end - start - 1
         found = _prefill_tile(
-            queries, pool, batch.block_tables[row], positions, last, scale, window, soft_cap
+            queries, pool, batch.block_tables[row], positions, last, per_head, window, soft_cap
         )
         old = jax.lax.dynamic_slice_in_dim(out, start, query_tokens)
         mine = (start + jnp.arange(query_tokens) < end)[:, None, None, None]
@@ -163,11 +180,11 @@ def paged_prefill(
 
 def _prefill_tile(
     q: Float[Array, "T K G H"],
-    pool: Float[Array, "P K S W"],
+    pool: Real[Array, "P K S W"],
     table: Int32[Array, " M"],
     positions: Int32[Array, " T"],
     last: Int32[Array, ""],
-    scale: float,
+    per_head: PerHead,
     window: int | None,
     soft_cap: float | None,
 ) -> Float[Array, "T K G H"]:
@@ -178,19 +195,20 @@ def _prefill_tile(
     tokens = columns * S
     table = jnp.pad(table, (0, -table.shape[0] % columns))
     heads_K = jnp.arange(K)
-    q_KQH = jnp.moveaxis(q, 0, 1).reshape(K, T * G, H).astype(pool.dtype)
+    q_KQH = jnp.moveaxis(q, 0, 1).reshape(K, T * G, H).astype(_product_dtype(q, pool))
     positions_Q = jnp.repeat(positions, G)
+    per_head = per_head._replace(sinks=jnp.tile(per_head.sinks, (1, T, 1)))
 
     def walk(tile: Int32[Array, ""], state: Softmax) -> Softmax:
         blocks_M = jax.lax.dynamic_slice_in_dim(table, tile * columns, columns)
         kv = pool[blocks_M[None, :], heads_K[:, None]].reshape(K, tokens, 2 * H)
         context_C = tile * tokens + jnp.arange(tokens)
-        kv = jnp.where((context_C <= last)[None, :, None], kv, 0)  # unused slots may hold NaN
+        kv = jnp.where((context_C <= last)[None, :, None], kv, 0).astype(q_KQH.dtype)
         visible_QC = context_C[None, :] <= jnp.minimum(positions_Q, last)[:, None]
         if window is not None:
             visible_QC &= context_C[None, :] > positions_Q[:, None] - window
         keys, values = kv[..., :H], kv[..., H:]
-        return _absorb(state, q_KQH, keys, values, visible_QC[None], scale, soft_cap)
+        return _absorb(state, q_KQH, keys, values, visible_QC[None], per_head.scale, soft_cap)
 
     state = Softmax(
         jnp.full((K, T * G, 1), MASKED, jnp.float32),
@@ -201,7 +219,27 @@ def _prefill_tile(
     if window is not None:
         first = jnp.maximum(positions[0] - window + 1, 0) // tokens
     state = jax.lax.fori_loop(first, last // tokens + 1, walk, state)
-    return jnp.moveaxis(_finish(state).reshape(K, T, G, H), 1, 0).astype(q.dtype)
+    return jnp.moveaxis(_finish(state, per_head).reshape(K, T, G, H), 1, 0).astype(q.dtype)
+
+
+def _per_head(
+    scale: float,
+    sinks: Float[Array, " N"] | None,
+    kv_scales: Float[Array, "2 K"] | None,
+    *,
+    heads: tuple[int, int],
+) -> PerHead:
+    """Both of them in the shapes of [K, G, C] logits; where there is none, what changes nothing."""
+    N, K = heads
+    sinks = jnp.full(N, MASKED) if sinks is None else sinks
+    kv_scales = jnp.ones((2, K)) if kv_scales is None else kv_scales
+    key_scale, value_scale = kv_scales.astype(jnp.float32).reshape(2, K, 1, 1)
+    return PerHead(scale * key_scale, value_scale, sinks.astype(jnp.float32).reshape(K, N // K, 1))
+
+
+def _product_dtype(q: Float[Array, "X K G H"], pool: Real[Array, "P K S W"]) -> jnp.dtype:
+    """What a matrix unit gets: the pool's dtype, or the query's, in which eight bits are exact."""
+    return q.dtype if is_quantized(pool.dtype) else pool.dtype
 
 
 def _absorb(
@@ -210,7 +248,7 @@ def _absorb(
     keys: Float[Array, "*dims C A"],
     values: Float[Array, "*dims C D"],
     visible: Bool[Array, "..."],
-    scale: float,
+    scale: Float[Array, "*#dims 1 1"],
     soft_cap: float | None,
 ) -> Softmax:
     """The state after one more tile. Masked values must be finite: zero times NaN is NaN."""
@@ -231,20 +269,19 @@ def _absorb(
     return Softmax(high, total, state.values * shrink + weighted)
 
 
-def _finish(state: Softmax) -> Float[Array, "*dims H"]:
-    """The weighted mean; zeros where nothing was visible."""
-    return state.values / jnp.where(state.total > 0, state.total, 1)
+def _finish(state: Softmax, per_head: PerHead) -> Float[Array, "*dims H"]:
+    """The weighted mean, the sinks among the weights; zeros where nothing was visible."""
+    high = jnp.maximum(state.high, per_head.sinks)
+    shrink = jnp.exp(state.high - high)
+    total = state.total * shrink + jnp.exp(per_head.sinks - high)
+    return state.values * (shrink * per_head.value_scale) / jnp.where(total > 0, total, 1)
 
 
 def write_kv(
-    pool: Float[Array, "P K S W"],
-    k: Float[Array, "T K H"],
-    v: Float[Array, "T K H"],
-    slots: Int32[Array, " T"],
-) -> Float[Array, "P K S W"]:
-    """The pool with each token's K and V in its slot; in place where the caller donated it."""
+    pool: Real[Array, "P K S W"], kv: Real[Array, "T K W"], slots: Int32[Array, " T"]
+) -> Real[Array, "P K S W"]:
+    """The pool with each token's K|V row in its slot; in place where the caller donated it."""
     P, K, S, W = pool.shape
-    kv = jnp.concatenate([k, v], axis=-1).astype(pool.dtype)
     # A scatter of whole rows into the flat pool: with the heads inside the window, XLA on a TPU
     # picks another layout for the pool and copies it, twice a layer.
     heads_K = jnp.arange(K)
@@ -254,8 +291,8 @@ def write_kv(
 
 
 def copy_blocks(
-    pools: tuple[Float[Array, "P K S W"], ...], copies: Int32[Array, "X 2"], count: Int32[Array, ""]
-) -> tuple[Float[Array, "P K S W"], ...]:
+    pools: tuple[Real[Array, "P K S W"], ...], copies: Int32[Array, "X 2"], count: Int32[Array, ""]
+) -> tuple[Real[Array, "P K S W"], ...]:
     """Every layer's pool after the first `count` of the (source, destination) copies, in order.
 
     In place where the caller donated the pools; the time follows `count`, not X.
@@ -274,17 +311,17 @@ def copy_blocks(
 
 
 def read_blocks(
-    pools: tuple[Float[Array, "P K S W"], ...], block_ids: Int32[Array, " X"]
-) -> Float[Array, "X L K S W"]:
+    pools: tuple[Real[Array, "P K S W"], ...], block_ids: Int32[Array, " X"]
+) -> Real[Array, "X L K S W"]:
     """Copies of whole blocks, all layers of each together."""
     return jnp.stack([pool.at[block_ids].get(mode="clip") for pool in pools], axis=1)
 
 
 def write_blocks(
-    pools: tuple[Float[Array, "P K S W"], ...],
+    pools: tuple[Real[Array, "P K S W"], ...],
     block_ids: Int32[Array, " X"],
-    blocks: Float[Array, "X L K S W"],
-) -> tuple[Float[Array, "P K S W"], ...]:
+    blocks: Real[Array, "X L K S W"],
+) -> tuple[Real[Array, "P K S W"], ...]:
     """Every layer's pool with whole blocks put in; those for block id P are dropped.
 
     In place where the caller donated the pools.

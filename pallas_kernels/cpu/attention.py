@@ -5,12 +5,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Real
 
 from pallas_kernels.cpu.build import library
-from pallas_kernels.layout import PagedBatch
+from pallas_kernels.layout import MASKED, PagedBatch
 
 _TARGET = "jpaged_paged_attention"
+POOL_DTYPES = (jnp.float32, jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn)
 NO_WINDOW = 2**31 - 1  # as many tokens as an int32 length can count
 NO_SOFT_CAP = 0  # to the kernel; a caller's own 0 is refused before it comes here
 
@@ -24,12 +25,14 @@ def register() -> None:
 
 def paged_attention(
     q: Float[Array, "T N H"],
-    pool: Float[Array, "P K S W"],
+    pool: Real[Array, "P K S W"],
     batch: PagedBatch,
     *,
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
+    kv_scales: Float[Array, "2 K"] | None = None,
 ) -> Float[Array, "T N H"]:
     """Causal attention of a ragged batch, decode rows and others alike.
 
@@ -37,10 +40,15 @@ def paged_attention(
     block id that would lead outside the arrays fails the call with INVALID_ARGUMENT.
     """
     register()
-    if pool.dtype not in (jnp.float32, jnp.bfloat16):
+    if pool.dtype not in POOL_DTYPES:
         raise ValueError(
-            f"the cpu backend needs a float32 or bfloat16 pool, got {pool.dtype}; use xla"
+            "the cpu backend needs a float32, bfloat16, int8 or float8_e4m3fn pool, "
+            f"got {pool.dtype}; use xla"
         )
+    N, K = q.shape[1], pool.shape[1]
+    # Where there are none, what changes nothing. The kernel counts on these shapes.
+    sinks = jnp.full(N, MASKED) if sinks is None else sinks.astype(jnp.float32).reshape(N)
+    kv_scales = jnp.ones((2, K)) if kv_scales is None else kv_scales.astype(jnp.float32)
     # Under `vmap` calls follow one another: each one has all the threads already.
     attend = jax.ffi.ffi_call(
         _TARGET, jax.ShapeDtypeStruct(q.shape, jnp.float32), vmap_method="sequential"
@@ -51,6 +59,8 @@ def paged_attention(
         batch.block_tables,
         batch.query_starts,
         batch.seq_lens,
+        jnp.maximum(sinks, MASKED),  # it knows no infinities
+        kv_scales.reshape(2, K),
         scale=np.float32(scale),
         window=np.int64(NO_WINDOW if window is None else window),
         soft_cap=np.float32(NO_SOFT_CAP if soft_cap is None else soft_cap),

@@ -1,10 +1,13 @@
 // Causal attention over a paged pool on a CPU, called through jax.ffi.
 //
 //   q            [T, N, H]      float32, the tokens of all rows, row after row
-//   pool         [P, K, S, 2H]  float32 or bfloat16, keys in lanes 0..H-1, values behind them
+//   pool         [P, K, S, 2H]  float32, bfloat16, int8 or float8_e4m3fn, keys in lanes 0..H-1,
+//                               values behind them
 //   tables       [B, M]         block ids of each row's context
 //   query_starts [B + 1]        row r owns tokens query_starts[r] .. query_starts[r + 1] - 1
 //   seq_lens     [B]            tokens of a row's context, its own queries the last of them
+//   sinks        [N]            logits that take weight and have no value; none is kMasked
+//   kv_scales    [2, K]         what the pool's keys and values are to be multiplied by
 //   out          [T, N, H]      float32; zeros where a token sees nothing, padding among them
 //   window       how many tokens one sees, itself the last; no window is one as long as any context
 //   soft_cap     logits become soft_cap * tanh(logits / soft_cap), but for 0, which is no cap
@@ -36,7 +39,10 @@ constexpr float kMasked = -1e30f;  // finite: -ffast-math knows no infinities
 typedef float Vector __attribute__((vector_size(4 * kVector)));
 typedef uint32_t Bits __attribute__((vector_size(4 * kVector)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kVector)));
+typedef uint8_t Quarters __attribute__((vector_size(kVector)));
+typedef int8_t Integers __attribute__((vector_size(kVector)));
 struct BFloat16 { uint16_t bits; };
+struct Float8 { uint8_t bits; };  // e4m3fn: no infinities, and a NaN for each sign
 
 struct Task { int64_t row, head, first, count; };  // `count` queries, from token `first` on
 
@@ -47,6 +53,7 @@ struct Call {
   const float* q;
   const void* pool;
   const int32_t *tables, *query_starts, *seq_lens;
+  const float *sinks, *kv_scales;
   float *out, scale, soft_cap;
   int64_t window;
   void (*attend)(const Call&, const Task&);
@@ -68,6 +75,25 @@ Vector load(const BFloat16* from, int64_t lanes) {
   Halves v = {};
   std::memcpy(&v, from, lanes < kVector ? sizeof(*from) * lanes : sizeof(v));
   return (Vector)(__builtin_convertvector(v, Bits) << 16);
+}
+
+Vector load(const int8_t* from, int64_t lanes) {
+  Integers v = {};
+  std::memcpy(&v, from, lanes < kVector ? lanes : sizeof(v));
+  return __builtin_convertvector(v, Vector);
+}
+
+// A significand of four bits times a power of two: a subnormal is as good as another number, where
+// one shifted into a float's place would be flushed to zero by processors told to do so.
+Vector load(const Float8* from, int64_t lanes) {
+  Quarters v = {};
+  std::memcpy(&v, from, lanes < kVector ? lanes : sizeof(v));
+  const Bits bits = __builtin_convertvector(v, Bits), magnitude = bits & 127;
+  const Bits exponent = (magnitude >> 3) + ((Bits)(magnitude < 8) & 1);
+  const Vector power = (Vector)((exponent + 117) << 23);  // 2 ** (exponent - 10)
+  const Vector value = __builtin_convertvector(magnitude - ((exponent - 1) << 3), Vector) * power;
+  const Bits nan = (Bits)(magnitude == 127) & 0x7fc00000;
+  return (Vector)((Bits)value | (bits & 128) << 24 | nan);
 }
 
 // logits[r][t] = q[r] . keys[t], for R rows of q padded to whole vectors.
@@ -131,8 +157,9 @@ void attend(const Call& call, const Task& task, Size H) {
   const auto offset = [&](int64_t r) { return corner + (r / G * call.N + r % G) * H; };
   std::vector<float> q(rows * padded), values(rows * padded), logits(rows * kTile);
   std::vector<float> high(rows, kMasked), total(rows);
+  const float key_scale = call.kv_scales[task.head] * call.scale;
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t h = 0; h < H; ++h) q[r * padded + h] = call.q[offset(r) + h] * call.scale;
+    for (int64_t h = 0; h < H; ++h) q[r * padded + h] = call.q[offset(r) + h] * key_scale;
   for (int64_t start = begin; start < end; start += kTile) {
     const int64_t tokens = std::min(kTile, end - start);
     const KV* kv[kTile];  // where each position's K|V lie
@@ -153,7 +180,10 @@ void attend(const Call& call, const Task& task, Size H) {
     for (; r < rows; ++r) add_values<1>(&logits[r * kTile], kv, tokens, H, &values[r * padded]);
   }
   for (int64_t r = 0; r < rows; ++r) {
-    const float scale = total[r] > 0 ? 1 / total[r] : 0;
+    const float sink = call.sinks[task.head * G + r % G], top = std::max(high[r], sink);
+    const float shrink = std::exp(high[r] - top);
+    const float weights = total[r] * shrink + std::exp(sink - top);  // the sink's or a token's is 1
+    const float scale = call.kv_scales[call.K + task.head] * shrink / weights;
     for (int64_t h = 0; h < H; ++h) call.out[offset(r) + h] = values[r * padded + h] * scale;
   }
 }
@@ -164,6 +194,12 @@ void attend_any(const Call& call, const Task& task) {
   if (call.H == 64) return attend<KV>(call, task, std::integral_constant<int64_t, 64>());
   if (call.H == 128) return attend<KV>(call, task, std::integral_constant<int64_t, 128>());
   attend<KV>(call, task, call.H);
+}
+
+void (*attend_over(ffi::DataType dtype))(const Call&, const Task&) {
+  if (dtype == ffi::BF16) return attend_any<BFloat16>;
+  if (dtype == ffi::S8) return attend_any<int8_t>;
+  return dtype == ffi::F8E4M3FN ? attend_any<Float8> : attend_any<float>;
 }
 
 ffi::Error invalid(std::string name, int64_t row, int64_t low, int64_t high, int64_t came) {
@@ -177,14 +213,15 @@ template <size_t rank> using Ints = ffi::Buffer<ffi::S32, rank>;
 
 // Numbers that would lead outside the arrays are refused. A row without queries reads nothing.
 ffi::Error paged_attention(ffi::ThreadPool threads, Floats q, ffi::AnyBuffer pool, Ints<2> tables,
-                           Ints<1> query_starts, Ints<1> seq_lens, ffi::Result<Floats> out,
-                           float scale, int64_t window, float soft_cap) {
+                           Ints<1> query_starts, Ints<1> seq_lens, ffi::BufferR1<ffi::F32> sinks,
+                           ffi::BufferR2<ffi::F32> kv_scales, ffi::Result<Floats> out, float scale,
+                           int64_t window, float soft_cap) {
   const auto queries = q.dimensions(), blocks = pool.dimensions(), rows = tables.dimensions();
   const int64_t T = queries[0], P = blocks[0], K = blocks[1], S = blocks[2], M = rows[1];
   const std::shared_ptr<Call> call(new Call{
       queries[1], queries[2], K, S, M, q.typed_data(), pool.untyped_data(), tables.typed_data(),
-      query_starts.typed_data(), seq_lens.typed_data(), out->typed_data(), scale, soft_cap, window,
-      pool.element_type() == ffi::BF16 ? attend_any<BFloat16> : attend_any<float>});
+      query_starts.typed_data(), seq_lens.typed_data(), sinks.typed_data(), kv_scales.typed_data(),
+      out->typed_data(), scale, soft_cap, window, attend_over(pool.element_type())});
   int64_t end = 0;  // of the row's queries
   for (int64_t row = 0; row < rows[0]; ++row) {
     const int64_t start = call->query_starts[row], length = call->seq_lens[row];
@@ -215,5 +252,6 @@ ffi::Error paged_attention(ffi::ThreadPool threads, Floats q, ffi::AnyBuffer poo
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     jpaged_paged_attention, paged_attention,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<ffi::AnyBuffer>().Arg<Ints<2>>()
-        .Arg<Ints<1>>().Arg<Ints<1>>().Ret<Floats>().Attr<float>("scale")
-        .Attr<int64_t>("window").Attr<float>("soft_cap"));
+        .Arg<Ints<1>>().Arg<Ints<1>>().Arg<ffi::BufferR1<ffi::F32>>()
+        .Arg<ffi::BufferR2<ffi::F32>>().Ret<Floats>().Attr<float>("scale").Attr<int64_t>("window")
+        .Attr<float>("soft_cap"));

@@ -1,4 +1,4 @@
-"""What all kernels here share: dtypes, the base of their exponentials, indices of a load."""
+"""What all kernels here share: dtypes, the base of exponentials, indices of a load, sinks."""
 
 import math
 
@@ -26,3 +26,16 @@ def indices(*parts: ArrayLike) -> tuple[Int32[Array, "*dims"], ...]:
         jnp.full(shape, part) if jnp.ndim(part) == 0 else jnp.broadcast_to(part, shape)
         for part in parts
     )
+
+
+def absorb_sinks(
+    sinks: Float[Array, "*dims"], high: Float[Array, "*dims"], total: Float[Array, "*dims"]
+) -> tuple[Float[Array, "*dims"], Float[Array, "*dims"]]:
+    """The sum of weights with the sinks' own, and what values shrink by.
+
+    `high` is in base 2, sinks are logits as the model has them.
+    """
+    sinks = sinks.astype(jnp.float32) * LOG2_E
+    new_high = jnp.maximum(high, sinks)
+    shrink = jnp.exp2(high - new_high)
+    return total * shrink + jnp.exp2(sinks - new_high), shrink

@@ -27,6 +27,7 @@ def paged_decode(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
     config: DecodeConfig | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B N H"]:
@@ -38,10 +39,9 @@ def paged_decode(
     to the pool's dtype, which is bfloat16, float16 or float32: ValueError for another.
     """
     check_dtypes(q, pool)
-    B, N, H = q.shape
-    _, _, S, _ = pool.shape
-    config = config or decode_config(H, pool.dtype)
-    num_splits = max_splits(block_tables.shape[1] * S, config.split_tokens, window)
+    config = config or decode_config(q.shape[2], pool.dtype)
+    num_splits = max_splits(block_tables.shape[1] * pool.shape[2], config.split_tokens, window)
+    num_splits = max(num_splits, 1 if sinks is None else 2)  # the merge takes sinks in
     partials = _decode_call(
         q,
         pool,
@@ -55,13 +55,14 @@ def paged_decode(
         interpret=interpret,
     )
     if num_splits == 1:
-        return partials[0].reshape(B, N, H)
+        return partials[0].reshape(q.shape)
     values, highs, totals = partials
     return merge(
         values,
         highs,
         totals,
         seq_lens,
+        sinks=sinks,
         split_tokens=config.split_tokens,
         window=window,
         dtype=q.dtype,

@@ -9,7 +9,7 @@ from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.gpu.common import indices
+from pallas_kernels.gpu.common import absorb_sinks, indices
 from pallas_kernels.gpu.splits import ceil_div, live_splits
 from pallas_kernels.gpu.tiles import padded_size
 from pallas_kernels.layout import MASKED
@@ -24,6 +24,7 @@ def merge(
     totals: Float[Array, "B N X"],
     seq_lens: Int32[Array, " B"],
     *,
+    sinks: Float[Array, " N"] | None = None,
     split_tokens: int,
     window: int | None,
     dtype: DTypeLike,
@@ -31,7 +32,8 @@ def merge(
 ) -> Float[Array, "B N H"]:
     """The attention whose partial results these are, one for each split with a visible token.
 
-    Highest logits are in base 2; values are weighted sums under them, totals the sums of weights.
+    Highest logits are in base 2, `sinks` are not; values are weighted sums under the former, totals
+    the sums of weights, without the sinks'.
     What lies behind a row's last split is not read; a row of length 0 gives zeros.
     """
     B, N, _, H = values.shape
@@ -42,7 +44,7 @@ def merge(
         out_shape=jax.ShapeDtypeStruct((B, N, H), dtype),
         compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
         interpret=interpret,
-    )(seq_lens, values, highs, totals)
+    )(seq_lens, values, highs, totals, *([] if sinks is None else [sinks]))
 
 
 def _merge_kernel(
@@ -50,12 +52,12 @@ def _merge_kernel(
     values_ref,  # f32[B, N, X, H]
     highs_ref,  # f32[B, N, X]
     totals_ref,  # f32[B, N, X]
-    o_ref,  # [B, N, H]
-    *,
+    *refs,  # [N], the sinks, where there are any; then o_ref, [B, N, H]
     split_tokens: int,
     window: int | None,
 ):
     """One query head of one row, a few splits a turn, under an online softmax."""
+    *sinks_refs, o_ref = refs
     row, head = pl.program_id(0), pl.program_id(1)
     H = o_ref.shape[2]
     first_split, end_split = live_splits(seq_lens_ref[row], split_tokens, window)
@@ -81,6 +83,10 @@ def _merge_kernel(
 
     zeros_H = jnp.zeros(lanes_H.shape, jnp.float32)
     state = (jnp.float32(MASKED), jnp.float32(0), zeros_H)
-    _, total, values_H = jax.lax.fori_loop(0, ceil_div(num_splits, MERGED_SPLITS), absorb, state)
+    turns = ceil_div(num_splits, MERGED_SPLITS)
+    high, total, values_H = jax.lax.fori_loop(0, turns, absorb, state)
+    if sinks_refs:
+        total, shrink = absorb_sinks(sinks_refs[0][head], high, total)
+        values_H *= shrink
     out_H = values_H / jnp.where(total > 0, total, 1)
     plt.store(o_ref.at[indices(row, head, lanes_H)], out_H.astype(o_ref.dtype), mask=lanes_H < H)

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.gpu.common import LOG2_E, check_dtypes, indices
+from pallas_kernels.gpu.common import LOG2_E, absorb_sinks, check_dtypes, indices
 from pallas_kernels.gpu.tiles import MIN_TILE_TOKENS, padded_size
 from pallas_kernels.layout import MASKED, PagedBatch
 
@@ -61,6 +61,7 @@ def paged_prefill(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
     config: RaggedConfig | None = None,
     interpret: bool = False,
 ) -> Float[Array, "T N H"]:
@@ -72,8 +73,7 @@ def paged_prefill(
     """
     T, N, H = q.shape
     P, K, S, W = pool.shape
-    B, M = batch.block_tables.shape
-    G = N // K
+    G, M = N // K, batch.block_tables.shape[1]
     _check(q, pool)
     config = config or default_config(q, pool)
     query_tokens = config.query_rows // G
@@ -93,6 +93,7 @@ def paged_prefill(
         soft_cap=soft_cap,
         exp2=_exp2_by_jnp if interpret else _exp2_by_gpu,
     )
+    more = [] if sinks is None else [sinks]
     out = pl.pallas_call(
         kernel,
         name="paged_prefill",
@@ -104,7 +105,7 @@ def paged_prefill(
             num_warps=config.num_warps, num_stages=config.num_stages
         ),
         interpret=interpret,
-    )(tiles, batch.block_tables.reshape(B * M), pool.reshape(P * K * S, W), q.reshape(T * N * H))
+    )(tiles, batch.block_tables.ravel(), pool.reshape(P * K * S, W), q.ravel(), *more)
     return out.reshape(T, N, H)
 
 
@@ -190,8 +191,7 @@ def _prefill_kernel(
     tables_ref,  # i32[B * M]
     pool_ref,  # [P * K * S, W]
     q_ref,  # [T * N * H]
-    o_ref,  # [T * N * H], the same memory
-    *,
+    *refs,  # [N], the sinks, where there are any; then o_ref, [T * N * H], the memory of q_ref
     heads: tuple[int, int, int],
     block_size: int,
     max_blocks: int,
@@ -203,6 +203,7 @@ def _prefill_kernel(
     exp2: Callable[[Array, float, Array], Array],
 ):
     """One tile of queries of one KV head: Q rows of queries against C tokens at a time."""
+    *sinks_refs, o_ref = refs
     N, K, H = heads
     S, G, C = block_size, N // K, context_tokens
     program = pl.program_id(0)
@@ -289,7 +290,11 @@ def _prefill_kernel(
             jnp.zeros((query_rows,), jnp.float32),
             jnp.zeros(q_QH.shape, jnp.float32),
         )
-        _, _, total_Q, values_QH = jax.lax.fori_loop(start, end, absorb, state)
+        _, high_Q, total_Q, values_QH = jax.lax.fori_loop(start, end, absorb, state)
+        if sinks_refs:
+            sinks_Q = plt.load(sinks_refs[0].at[head * G + rows_Q % G])
+            total_Q, shrink_Q = absorb_sinks(sinks_Q, high_Q, total_Q)
+            values_QH *= shrink_Q[:, None]
         out_QH = values_QH / total_Q[:, None]
         plt.store(o_ref.at[q_offsets_QH], out_QH.astype(o_ref.dtype), mask=mine_QH)
 

@@ -86,7 +86,35 @@ def rounded(case: Case, dtype: str) -> Case:
     return Case(q, pool, case.batch, contexts)
 
 
-def dense(case: Case, *, window: int | None = None, soft_cap: float | None = None) -> np.ndarray:
+def quantized(case: Case, dtype: str) -> tuple[Case, np.ndarray]:
+    """The case over a pool of eight bits and its scales; contexts are what the pool says exactly.
+
+    Other slots hold the worst there is: NaN, or 127 where there is none.
+    """
+    largest = {"int8": 127, "float8_e4m3fn": 448}[dtype]
+    K, H = case.pool.shape[1], case.q.shape[2]
+    halves = np.concatenate(case.contexts).reshape(-1, K, 2, H)
+    kv_scales = np.abs(halves).max(axis=(0, 3)).T / np.float32(largest)
+    scales_KW = np.repeat(kv_scales.T, H, axis=1).astype(np.float64)
+
+    def store(kv: np.ndarray, scales: np.ndarray) -> np.ndarray:
+        scaled = kv / scales
+        if dtype == "int8":
+            scaled = np.nan_to_num(np.rint(scaled), nan=127)
+        return scaled.astype(jnp.dtype(dtype))
+
+    contexts = [store(kv, scales_KW).astype(np.float64) * scales_KW for kv in case.contexts]
+    pool = store(case.pool, scales_KW[:, None, :])
+    return dataclasses.replace(case, pool=pool, contexts=contexts), kv_scales
+
+
+def dense(
+    case: Case,
+    *,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: np.ndarray | None = None,
+) -> np.ndarray:
     """The same in float64 over each row's context; zeros where a token has no row."""
     _, N, H = case.q.shape
     K = case.pool.shape[1]
@@ -102,8 +130,11 @@ def dense(case: Case, *, window: int | None = None, soft_cap: float | None = Non
                 logits = seen[:, :H] @ case.q[token, head].astype(np.float64) * SCALE
                 if soft_cap is not None:
                     logits = soft_cap * np.tanh(logits / soft_cap)
-                weights = np.exp(logits - logits.max())
-                out[token, head] = weights @ seen[:, H:] / weights.sum()
+                sink = -np.inf if sinks is None else np.float64(sinks[head])
+                high = max(logits.max(), sink)
+                weights = np.exp(logits - high)
+                total = weights.sum() + np.exp(sink - high)
+                out[token, head] = weights @ seen[:, H:] / total
     return out
 
 

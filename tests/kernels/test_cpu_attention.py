@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 
 from pallas_kernels import Backend, PagedBatch, paged_attention
 from tests.helpers import TOLERANCES, assert_close
-from tests.kernels.cases import BACKENDS, SCALE, Case, attend, dense, make_case, rounded, run
+from tests.kernels.cases import (
+    BACKENDS,
+    SCALE,
+    Case,
+    attend,
+    dense,
+    make_case,
+    quantized,
+    rounded,
+    run,
+)
 
 ROWS = [(1, 1), (1, 150), (7, 23), (19, 141), (40, 40)]
 OPTIONS = [{}, {"window": 21, "soft_cap": 1.5}]
@@ -36,11 +46,15 @@ def alone(case: Case, row: int) -> Case:
     return dataclasses.replace(case, q=case.q[start:end], batch=own)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "float8_e4m3fn"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_row_alone_and_in_a_batch_is_the_same_bit_for_bit(options: dict[str, Any], dtype: str):
     case = make_case(ROWS)
-    case = dataclasses.replace(case, pool=case.pool.astype(dtype))
+    if dtype in {"int8", "float8_e4m3fn"}:
+        case, kv_scales = quantized(case, dtype)
+        options = {**options, "kv_scales": kv_scales, "sinks": np.arange(6, dtype=np.float32)}
+    else:
+        case = dataclasses.replace(case, pool=case.pool.astype(dtype))
     together = run(case, Backend.CPU, **options)
     starts = np.asarray(case.batch.query_starts)
     for row in range(len(ROWS)):
@@ -74,7 +88,7 @@ def test_a_float16_query_over_a_float32_pool_agrees_with_dense_attention():
 
 def test_a_pool_of_another_dtype_is_refused():
     case = make_case(ROWS)
-    with pytest.raises(ValueError, match="float32 or bfloat16 pool, got float16; use xla"):
+    with pytest.raises(ValueError, match="int8 or float8_e4m3fn pool, got float16; use xla"):
         run(dataclasses.replace(case, pool=case.pool.astype(np.float16)), Backend.CPU)
 
 

@@ -41,6 +41,10 @@ def test_one_split_needs_no_merge():
     assert num_lowered_for_cuda(*build_decode(max_blocks=16)) == 1
 
 
+def test_sinks_are_the_merges_whatever_the_splits():
+    assert num_lowered_for_cuda(*build_decode(max_blocks=16, sinks=jnp.zeros(9))) == 2
+
+
 @with_compiler
 @pytest.mark.parametrize("chip", GPUS)
 def test_decode_fits_registers_and_shared_memory(chip: str):
@@ -89,9 +93,13 @@ def build_decode(
 
 def build_all() -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """Decode by every default cut in one program."""
-    more = {"block_size": 128, "window": 1000, "soft_cap": 30.0}
+
+    def options(place: int, num_heads: int) -> dict[str, Any]:
+        more = {"block_size": 128, "window": 1000, "soft_cap": 30.0, "sinks": jnp.zeros(num_heads)}
+        return more if place % 2 else {}
+
     cases = [
-        build_decode(heads=heads, dtype=dtype, **(more if place % 2 else {}))
+        build_decode(heads=heads, dtype=dtype, **options(place, heads[0]))
         for dtype in ("bfloat16", "float32")
         for place, heads in enumerate(HEADS)
     ]

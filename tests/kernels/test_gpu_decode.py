@@ -96,6 +96,17 @@ def test_a_soft_cap_bends_the_logits():
     assert np.abs(dense(case) - dense(case, soft_cap=0.7)).max() > 0.01
 
 
+@pytest.mark.parametrize("lens", [BORDERS, [30, 7, 25]], ids=["many splits", "one split"])
+def test_sinks_join_the_splits(lens: list[int]):
+    case = decode_case(lens)
+    sinks = np.array([-60, -2, 0.3, 1.7, 8, 90], np.float32)
+    check(case, sinks=sinks)
+    check(case, window=50, soft_cap=0.7, sinks=sinks)
+    assert np.abs(dense(case) - dense(case, sinks=sinks)).max() > 0.1
+    found = decode(case, sinks=np.full(6, -np.inf, np.float32))
+    assert_close(found, decode(case), TOLERANCES["float32"].attention)
+
+
 def test_more_splits_than_are_merged_at_once_agree_with_numpy():
     config = DecodeConfig(tile_tokens=16, split_tokens=16)
     check(decode_case([300, 257, 16], heads=(2, 1, 8)), config=config)
@@ -148,8 +159,9 @@ def test_the_query_may_have_another_dtype_than_the_pool():
 
 def test_dispatch_gives_it_the_rows_of_one_token():
     case = make_case([(1, 61), (1, 3), (5, 19), (9, 9)])
-    out = run(case, Backend.PALLAS_GPU_INTERPRET, window=30)
-    expected = dense(case, window=30)[: len(out)]
+    options: Any = {"window": 30, "sinks": np.linspace(-3, 5, 6, dtype=np.float32)}
+    out = run(case, Backend.PALLAS_GPU_INTERPRET, **options)
+    expected = dense(case, **options)[: len(out)]
     assert_close(out, expected, TOLERANCES["float32"].attention)
 
 

@@ -66,6 +66,13 @@ def test_mixed_rows_agree_with_dense_attention(options: dict[str, Any]):
     assert_agrees(make_case(ROWS, heads=(6, 3, 16)), config=TINY, **options)
 
 
+@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[3]], ids=str)
+def test_sinks_agree_with_dense_attention(options: dict[str, Any]):
+    sinks = np.array([-60, -2, 0.3, 1.7, 8, 90], np.float32)
+    case = make_case(ROWS, heads=(6, 2, 16))  # a tile's last row of queries is nobody's
+    assert_agrees(case, config=TINY, sinks=sinks, **options)
+
+
 @pytest.mark.parametrize("heads", [(2, 2, 24), (14, 2, 8), (16, 1, 32)], ids=str)
 def test_any_number_of_queries_a_head_agrees_with_dense_attention(heads: tuple[int, int, int]):
     assert_agrees(make_case(ROWS[:5], heads=heads), config=TINY, window=11)

@@ -35,6 +35,10 @@ def test_prefill_lowers_for_cuda(options: dict[str, Any]):
     assert num_lowered_for_cuda(*build_prefill(**options)) == 1
 
 
+def test_prefill_with_sinks_lowers_for_cuda():
+    assert num_lowered_for_cuda(*build_prefill(sinks=jnp.zeros(9))) == 1
+
+
 @with_compiler
 @pytest.mark.parametrize("chip", GPUS)
 def test_prefill_fits_registers_and_shared_memory(chip: str):
@@ -84,7 +88,7 @@ def build_all(*, small: bool) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """Prefill by every default size in one program, with the options, which take registers."""
     options = {"block_size": 128, "window": 1000, "soft_cap": 30.0}
     cases = [
-        build_prefill(heads=heads, dtype=dtype, **options)
+        build_prefill(heads=heads, dtype=dtype, sinks=jnp.zeros(heads[0]), **options)
         for heads in ((9, 3, 64), (8, 2, 80), (32, 8, 128), (4, 1, 256))
         for dtype in ("bfloat16", "float32")
     ]

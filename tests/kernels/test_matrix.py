@@ -1,9 +1,9 @@
 """The long matrix: decode and prefill on every backend of this machine, against NumPy in float64.
 
-The C++ of `cpu` is compiled already and takes every point. The others compile a program a point, so
-they take a share: `xla` every 7th, 165 points in which any three values of different axes still
-meet, the simulated TPU kernel every 27th of what it can do, 29 points in which any two meet, and
-the interpreted GPU kernel every 29th.
+Each takes a share, the larger the less it compiles for a point: `cpu`, whose C++ is compiled
+already, every 7th point, in which any four values of different axes meet; `xla` every 31st, in
+which any three do; the simulated TPU kernel 29 of what it can do and the interpreted GPU kernels 40
+of theirs, in which any two do.
 """
 
 import itertools
@@ -16,7 +16,16 @@ import pytest
 
 from pallas_kernels import Backend, paged_attention, paged_decode
 from tests.helpers import TOLERANCES, assert_close
-from tests.kernels.cases import BACKENDS, SCALE, Case, dense, make_case, one_token_a_row, rounded
+from tests.kernels.cases import (
+    BACKENDS,
+    SCALE,
+    Case,
+    dense,
+    make_case,
+    one_token_a_row,
+    quantized,
+    rounded,
+)
 
 # Queries and context; two contexts are longer than a tile of `cpu` and of `xla`'s decode.
 ROWS = [(1, 1), (1, 37), (1, 150), (7, 7), (19, 141)]
@@ -30,7 +39,9 @@ class Point(NamedTuple):
     block_size: int
     window: int | None
     soft_cap: float | None
-    dtype: str
+    dtype: str  # of the query, and of a pool that is not quantised
+    sinks: float | None  # the first head's; every further head's is one more
+    quantized: str | None
 
 
 HEADS = [(5, 5), (6, 2), (12, 3), (8, 1)]  # 1, 3, 4 and 8 queries a key
@@ -39,15 +50,18 @@ BLOCK_SIZES = [8, 16, 32]
 WINDOWS = [None, 1, 11, 40]
 SOFT_CAPS = [None, 2.0]
 DTYPES = ["float32", "bfloat16", "float16"]
-POINTS = [
-    Point(*values)
-    for values in itertools.product(HEADS, HEAD_SIZES, BLOCK_SIZES, WINDOWS, SOFT_CAPS, DTYPES)
-]
+SINKS = [None, -1.5]
+QUANTIZED = [None, "int8", "float8_e4m3fn"]
+AXES = (HEADS, HEAD_SIZES, BLOCK_SIZES, WINDOWS, SOFT_CAPS, DTYPES, SINKS, QUANTIZED)
+POINTS = [Point(*values) for values in itertools.product(*AXES)]
+UNQUANTIZED = [point for point in POINTS if point.quantized is None]
 SHARES = {
-    Backend.CPU: POINTS,
-    Backend.XLA: POINTS[::7],
-    Backend.PALLAS_TPU_INTERPRET: [point for point in POINTS if point.dtype != "float16"][::27],
-    Backend.PALLAS_GPU_INTERPRET: POINTS[::29],
+    Backend.CPU: POINTS[::7],
+    Backend.XLA: POINTS[::31],
+    Backend.PALLAS_TPU_INTERPRET: [
+        point for point in UNQUANTIZED if point.sinks is None and point.dtype != "float16"
+    ][::27],
+    Backend.PALLAS_GPU_INTERPRET: UNQUANTIZED[::59],
 }
 CASES = [
     (backend, point)
@@ -62,28 +76,35 @@ CASES = [
 def test_decode_and_prefill_agree_with_dense_attention(backend: Backend, point: Point):
     heads = (*point.heads, point.head_size)
     case = rounded(make_case(ROWS, heads=heads, block_size=point.block_size), point.dtype)
-    options = {"window": point.window, "soft_cap": point.soft_cap}
+    sinks = kv_scales = None
+    if point.sinks is not None:
+        sinks = point.sinks + np.arange(heads[0], dtype=np.float32)
+    if point.quantized is not None:
+        case, kv_scales = quantized(case, point.quantized)
     tolerance = TOLERANCES[point.dtype].attention
-    prefilled, decoded = _attend(case, backend, point.dtype, options)
+    prefilled, decoded = _attend(case, backend, point, {"sinks": sinks, "kv_scales": kv_scales})
     num_tokens = case.batch.query_starts[-1]
+    options: Any = {"window": point.window, "soft_cap": point.soft_cap, "sinks": sinks}
     assert_close(prefilled[:num_tokens], dense(case, **options)[:num_tokens], tolerance, "prefill")
     assert_close(decoded, dense(one_token_a_row(case), **options), tolerance, "decode")
 
 
 def _attend(
-    case: Case, backend: Backend, dtype: str, options: dict[str, Any]
+    case: Case, backend: Backend, point: Point, arrays: dict[str, np.ndarray | None]
 ) -> tuple[np.ndarray, np.ndarray]:
     """The whole ragged batch, and one token of each of its rows, by one program."""
     B = len(case.batch.seq_lens)
+    options: Any = {"scale": SCALE, "window": point.window, "soft_cap": point.soft_cap}
 
-    def both(q, pool, batch):
-        keywords = {"scale": SCALE, "backend": backend, **options}
+    def both(q, pool, batch, arrays):
+        keywords = options | arrays | {"backend": backend}
         decoded = paged_decode(q[:B], pool, batch.block_tables, batch.seq_lens, **keywords)
         return paged_attention(q, pool, batch, **keywords), decoded
 
-    # `cpu` takes a float16 query, over a pool of float32.
-    pool_dtype = "float32" if (backend, dtype) == (Backend.CPU, "float16") else dtype
-    q, pool = jnp.asarray(case.q, dtype), jnp.asarray(case.pool, pool_dtype)
-    prefilled, decoded = jax.jit(both)(q, pool, case.batch)
-    assert prefilled.dtype == decoded.dtype == jnp.dtype(dtype)
+    pool_dtype = point.quantized or point.dtype
+    if (backend, pool_dtype) == (Backend.CPU, "float16"):
+        pool_dtype = "float32"  # `cpu` takes a float16 query, over a pool of float32
+    q, pool = jnp.asarray(case.q, point.dtype), jnp.asarray(case.pool, pool_dtype)
+    prefilled, decoded = jax.jit(both)(q, pool, case.batch, arrays)
+    assert prefilled.dtype == decoded.dtype == jnp.dtype(point.dtype)
     return np.asarray(prefilled), np.asarray(decoded)
