@@ -15,6 +15,7 @@ from pallas_kernels.gpu import decode as gpu_decode
 from pallas_kernels.gpu import ragged as gpu_ragged
 from pallas_kernels.layout import PagedBatch, decode_batch
 from pallas_kernels.tpu import decode as tpu_decode
+from pallas_kernels.tpu import write as tpu_write
 
 logger = logging.getLogger(__name__)  # unconfigured, Python prints its warnings on stderr
 
@@ -179,6 +180,9 @@ def write_kv(
     """
     if backend is Backend.REFERENCE:
         return reference.write_kv(pool, k, v, slots)
+    if backend in (Backend.PALLAS_TPU, Backend.PALLAS_TPU_INTERPRET):
+        interpret = backend is Backend.PALLAS_TPU_INTERPRET
+        return tpu_write.write_kv(pool, k, v, slots, interpret=interpret)
     return xla.write_kv(pool, k, v, slots)
 
 
