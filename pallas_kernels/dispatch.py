@@ -17,6 +17,8 @@ from pallas_kernels.gpu import ragged as gpu_ragged
 from pallas_kernels.layout import PagedBatch, decode_batch
 from pallas_kernels.quantize import LARGEST, is_quantized, quantize
 from pallas_kernels.tpu import decode as tpu_decode
+from pallas_kernels.tpu import ragged as tpu_ragged
+from pallas_kernels.tpu import write as tpu_write
 
 logger = logging.getLogger(__name__)  # unconfigured, Python prints its warnings on stderr
 
@@ -35,6 +37,7 @@ class Backend(enum.Enum):
 
 MIN_SCALE = 1e-6  # and its inverse: beyond, a masked logit is no longer the lowest
 MIN_CAPABILITY = 8.0  # of a GPU: XLA compiles no Triton below
+TPU_BACKENDS = (Backend.PALLAS_TPU, Backend.PALLAS_TPU_INTERPRET)
 GPU_BACKENDS = (Backend.PALLAS_GPU, Backend.PALLAS_GPU_INTERPRET)
 
 
@@ -135,7 +138,7 @@ def paged_decode(
     options = _given(
         scale=scale, window=window, soft_cap=soft_cap, sinks=sinks, kv_scales=kv_scales
     )
-    if backend in (Backend.PALLAS_TPU, Backend.PALLAS_TPU_INTERPRET):
+    if backend in TPU_BACKENDS:
         interpret = backend is Backend.PALLAS_TPU_INTERPRET
         return tpu_decode.paged_decode(
             q, pool, block_tables, seq_lens, interpret=interpret, **options
@@ -183,6 +186,9 @@ def paged_attention(
     if backend in GPU_BACKENDS:
         interpret = backend is Backend.PALLAS_GPU_INTERPRET
         return gpu_ragged.paged_prefill(q, pool, batch, decoded, interpret=interpret, **options)
+    if backend in TPU_BACKENDS:
+        interpret = backend is Backend.PALLAS_TPU_INTERPRET
+        return tpu_ragged.paged_prefill(q, pool, batch, decoded, interpret=interpret, **options)
     return xla.paged_prefill(q, pool, batch, decoded, **options)
 
 
@@ -205,6 +211,9 @@ def write_kv(
         kv = jnp.concatenate([k, v], axis=-1).astype(pool.dtype)
     else:
         kv = quantize(k, v, kv_scales, pool.dtype)
+    if backend in TPU_BACKENDS:
+        interpret = backend is Backend.PALLAS_TPU_INTERPRET
+        return tpu_write.write_kv(pool, kv, slots, interpret=interpret)
     module = reference if backend is Backend.REFERENCE else xla
     return module.write_kv(pool, kv, slots)
 

@@ -31,6 +31,6 @@ def simulate(kernel: Callable[[pltpu.InterpretParams], jax.Array], **params: Any
         detect_races=True, uninitialized_memory="nan", vector_clock_size=CLOCKS, **params
     )
     try:
-        return Outcome(np.asarray(kernel(mode), np.float64), simulator.races.races_found)
+        return Outcome(np.asarray(kernel(mode)), simulator.races.races_found)
     finally:
         pltpu.reset_tpu_interpret_mode_state()

@@ -80,7 +80,8 @@ def run(case: Case, *, tile_blocks: int | None = 2, ring: int = 3, **params: Any
     def kernel(mode: pltpu.InterpretParams) -> jax.Array:
         return decode.paged_decode(*arrays, tile=tile, interpret=mode, **case.options)
 
-    return simulate(kernel, **params)
+    outcome = simulate(kernel, **params)
+    return outcome._replace(out=outcome.out.astype(np.float64))
 
 
 def check(case: Case, outcome: Outcome) -> None:

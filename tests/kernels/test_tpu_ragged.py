@@ -38,7 +38,8 @@ def run(
             q, pool, case.batch, decoded, scale=SCALE, tile=tile, interpret=mode, **options or {}
         )
 
-    return simulate(kernel, **params)
+    outcome = simulate(kernel, **params)
+    return outcome._replace(out=outcome.out.astype(np.float64))
 
 
 def check(case: Case, outcome: Outcome, dtype: str = "float32", **options: Any) -> None:
