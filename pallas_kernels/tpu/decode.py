@@ -95,12 +95,19 @@ def _decode_call(
     window: int | None,
     soft_cap: float | None,
     interpret: bool | pltpu.InterpretParams,
+    static_len: int | None = None,
 ) -> Float[Array, "B K G W"]:
-    """The kernel over a grid of rows; the pool stays where it is, a row's table comes to SMEM."""
+    """The kernel over a grid of rows; the pool stays where it is, a row's table comes to SMEM.
+
+    `static_len` is for the compiler's estimates only, which need trip counts: the tokens of every
+    row, a multiple of a tile's.
+    """
     B, K, G, W = q.shape
     S, M = pool.shape[2], block_tables.shape[2]
     heads = pl.BlockSpec((None, K, G, W), lambda row: (row, 0, 0, 0))
-    kernel = functools.partial(_decode_kernel, scale=scale, window=window, soft_cap=soft_cap)
+    kernel = functools.partial(
+        _decode_kernel, scale=scale, window=window, soft_cap=soft_cap, static_len=static_len
+    )
     return pl.pallas_call(
         kernel,
         name="paged_decode",
@@ -137,13 +144,14 @@ def _decode_kernel(
     scale: float,
     window: int | None,
     soft_cap: float | None,
+    static_len: int | None,
 ):
     """One row: its blocks pass through the ring a tile at a time, under an online softmax."""
     num_buffers, _, C, _ = kv_ref.shape
     (num_semaphores,) = arrived_ref.shape
     K, G, W = q_ref.shape
     S = pool_ref.shape[2]
-    end = seq_lens_ref[pl.program_id(0)]
+    end = seq_lens_ref[pl.program_id(0)] if static_len is None else static_len
     start = 0 if window is None else jnp.maximum(end - window, 0)
     first_tile, end_tile = start // C, pl.cdiv(end, C)
     precision = jax.lax.Precision.HIGHEST if kv_ref.dtype == jnp.float32 else None
@@ -159,6 +167,10 @@ def _decode_kernel(
             block = pool_ref.at[block_table_ref[0, column]]
             act(pltpu.make_async_copy(block, slots, arrived_ref.at[tile % num_semaphores]))
 
+        if static_len is not None:
+            for i in range(C // S):  # a loop in a loop is not multiplied in an estimate
+                copy(first + i, None)
+            return
         last = jnp.minimum(first + C // S, pl.cdiv(end, S))
         jax.lax.fori_loop(jnp.maximum(first, start // S), last, copy, None)
 
@@ -173,7 +185,9 @@ def _decode_kernel(
 
         copies(tile, _wait)
 
-        @pl.when((tile * C < start) | ((tile + 1) * C > end))
+        has_edge = (tile * C < start) | ((tile + 1) * C > end)
+
+        @pl.when(has_edge if static_len is None else False)
         def _clear_unseen():  # unused slots may hold NaN, and zero times NaN is NaN
             kv = kv_ref[tile % num_buffers]
             kv_ref[tile % num_buffers] = jnp.where(visible(tile, kv.shape, 1), kv, 0)
