@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tests.kernels.aot import compile_apart, compiled_fields, print_compiled
+from benchmarks.aot import Build, compile_apart, compiled_fields, print_compiled
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,8 +77,10 @@ class Compiled:
     output_bytes: int
     alias_bytes: int
     temporary_bytes: int
+    compile_seconds: float  # without tracing and lowering
     kernels: list[Kernel]
     hlo: str
+    extra: list[Any]  # what the target returned besides
 
 
 def missing_cuda() -> str | None:
@@ -118,7 +120,7 @@ def compile_for_gpu(
     Args:
         target: "module:function". Called with `options`, which must be JSON, the function returns
             what to compile (jitted or not) and a tuple of its arguments, `jax.ShapeDtypeStruct`s
-            in any pytree; they need no sharding.
+            in any pytree, which need no sharding, and any more that are JSON.
         chip: one of GPUS.
         options: what `target` is called with.
         timeout: seconds.
@@ -153,9 +155,7 @@ def _kernels(thunks: str) -> list[Kernel]:
     ]
 
 
-def compile_here(
-    function: Callable[..., Any], arguments: tuple[Any, ...], chip: str
-) -> dict[str, Any]:
+def compile_here(build: Build, chip: str) -> dict[str, Any]:
     """The fields of `Compiled` but its kernels; this process has started with XLA_FLAGS."""
     import jax
     from jax.experimental import topologies
@@ -166,7 +166,7 @@ def compile_here(
     mesh = topologies.make_mesh(devices, (1,), ("x",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return compiled_fields(function, arguments, sharding)
+        return compiled_fields(build, sharding)
 
 
 def _target_config(gpu: Gpu) -> str:

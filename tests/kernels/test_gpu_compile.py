@@ -12,7 +12,6 @@ import pytest
 
 from pallas_kernels import pool_shape
 from pallas_kernels.gpu import decode
-from tests.kernels.aot import write_before
 from tests.kernels.gpu_topology import (
     GPUS,
     HEADS,
@@ -20,6 +19,7 @@ from tests.kernels.gpu_topology import (
     missing_cuda,
     num_lowered_for_cuda,
 )
+from tests.kernels.write_before import write_before
 
 with_compiler = pytest.mark.skipif(missing_cuda() is not None, reason=missing_cuda() or "")
 

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from benchmarks.tpu.topology import compile_for_tpu, missing_libtpu
 from pallas_kernels import pool_shape
 from pallas_kernels.tpu import decode
-from tests.kernels.aot import write_before
-from tests.kernels.tpu_topology import compile_for_tpu, missing_libtpu
+from tests.kernels.write_before import write_before
 
 pytestmark = pytest.mark.skipif(missing_libtpu() is not None, reason=missing_libtpu() or "")
 

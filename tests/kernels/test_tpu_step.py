@@ -5,6 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
+from benchmarks.tpu.topology import compile_for_tpu, missing_libtpu
 from jpaged.buckets import Bucket
 from jpaged.config import EngineConfig
 from jpaged.programs import PlainStep
@@ -12,7 +13,6 @@ from jpaged.step import Step
 from jpaged_models import Phase, abstract_decoder
 from pallas_kernels import Backend
 from tests.helpers import SMOLLM2, tiny_config
-from tests.kernels.tpu_topology import compile_for_tpu, missing_libtpu
 
 NUM_BLOCKS = 32768  # a slab larger than the embedding and than VMEM: the bound says something
 SLAB_BYTES = NUM_BLOCKS * 3 * 16 * 128 * 2  # one layer of the pool below

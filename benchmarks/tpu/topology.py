@@ -3,15 +3,15 @@
 From a test: `compile_for_tpu("tests.kernels.test_tpu_compile:build_decode", options={...})`.
 From a shell, in the repository's root, the same:
 
-    PYTHONPATH=.:models python -m tests.kernels.tpu_topology v5e MODULE:FUNCTION OPTIONS_AS_JSON
+    PYTHONPATH=.:models python -m benchmarks.tpu.topology v5e MODULE:FUNCTION OPTIONS_AS_JSON
 """
 
 import dataclasses
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from tests.kernels.aot import compile_apart, compiled_fields, print_compiled
+from benchmarks.aot import Build, compile_apart, compiled_fields, print_compiled
 
 TOPOLOGIES = {
     "v4": "v4:2x2x1",
@@ -33,13 +33,15 @@ ENVIRONMENT = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """What the compiler made of a function: its memory in bytes, and the optimised HLO."""
+    """What the compiler made of a function: its memory in bytes, its time, the optimised HLO."""
 
     argument_bytes: int
     output_bytes: int
     alias_bytes: int
     temporary_bytes: int
+    compile_seconds: float  # without tracing and lowering
     hlo: str
+    extra: list[Any]  # what the target returned besides
 
 
 def missing_libtpu() -> str | None:
@@ -50,27 +52,36 @@ def missing_libtpu() -> str | None:
 
 
 def compile_for_tpu(
-    target: str, *, chip: str = "v5e", options: Mapping[str, Any] | None = None, timeout: int = 300
+    target: str,
+    *,
+    chip: str = "v5e",
+    options: Mapping[str, Any] | None = None,
+    libtpu_flags: str = "",
+    timeout: int = 300,
 ) -> Compiled:
     """Compiles what `target` builds, in a process of its own: the compiler aborts where it fails.
 
     Args:
         target: "module:function". Called with `options`, which must be JSON, the function returns
-            what to compile (jitted or not) and a tuple of its arguments, `jax.ShapeDtypeStruct`s
-            in any pytree; they need no sharding.
+            what to compile (jitted or not), a tuple of its arguments, `jax.ShapeDtypeStruct`s
+            in any pytree, which need no sharding, and any more that are JSON.
         chip: one of TOPOLOGIES.
         options: what `target` is called with.
+        libtpu_flags: libtpu reads them from the environment only, when it loads.
         timeout: seconds.
     """
     fields = compile_apart(
-        __name__, chip, target, options, environment=ENVIRONMENT, timeout=timeout
+        __name__,
+        chip,
+        target,
+        options,
+        environment={**ENVIRONMENT, "LIBTPU_INIT_ARGS": libtpu_flags},
+        timeout=timeout,
     )
     return Compiled(**fields)
 
 
-def compile_here(
-    function: Callable[..., Any], arguments: tuple[Any, ...], chip: str
-) -> dict[str, Any]:
+def compile_here(build: Build, chip: str) -> dict[str, Any]:
     """The fields of `Compiled`; this process must have started with ENVIRONMENT."""
     import jax
     import numpy as np
@@ -80,7 +91,7 @@ def compile_here(
     mesh = jax.sharding.Mesh(np.array(devices[:1]), ("x",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     with jax.set_mesh(mesh):
-        return compiled_fields(function, arguments, sharding)
+        return compiled_fields(build, sharding)
 
 
 if __name__ == "__main__":
