@@ -20,6 +20,8 @@ class Work(NamedTuple):
     kv_bytes: int  # that it reads
     ideal_bytes: int  # that the visible tokens hold
     flops: int  # of the two products, without padding and masked logits
+    runs: int = 1  # of the probed kernel, which make up all of this
+    turns: int = 1  # of a loop inside a tile's turn, of which the probe has one
 
 
 class Probe(NamedTuple):

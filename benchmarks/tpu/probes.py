@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from benchmarks.tpu.probe import Probe, Work, kernel_alone
 from pallas_kernels import pool_shape
 from pallas_kernels.tpu import decode as decode_kernel
+from pallas_kernels.tpu import ragged as ragged_kernel
 
 NUM_BLOCKS = 4096  # of the pool: how many hardly matters
 ROWS = 2  # so that what a row fetches for the next one counts; more make the estimator slow
@@ -22,45 +23,117 @@ def decode(
     *,
     heads: tuple[int, int, int],
     context: int,
+    fitting: int | None = None,
     rows: int = ROWS,
     block_size: int = 16,
-    tile_tokens: int | None = None,
+    dtype: str = "bfloat16",
+    tile_blocks: int | None = None,
+    ring: int = 3,
 ) -> Probe:
-    """`paged_decode` of rows of `context` tokens, which must be whole tiles."""
+    """`paged_decode` of rows of `context` tokens, by default with its own tile.
+
+    Contexts must be whole tiles; `fitting` is one that the default tile is chosen to fit.
+    """
     N, K, H = heads
-    G = -(-N // K // decode_kernel.MIN_GROUP) * decode_kernel.MIN_GROUP
-    shape = pool_shape(num_blocks=NUM_BLOCKS, num_kv_heads=K, block_size=block_size, head_size=H)
-    pool: Any = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    max_blocks = context // block_size
-    tile_blocks = decode_kernel._default_tile_blocks(pool, max_blocks)
-    if tile_tokens is not None:
-        tile_blocks = tile_tokens // block_size
-    tiles, left = divmod(context, tile_blocks * block_size)
-    if left:
-        raise ValueError(f"{context} tokens are no whole tiles of {tile_blocks} blocks")
+    pool = _pool(heads, block_size, dtype)
+    if tile_blocks is None:
+        tile = decode_kernel.default_tile(pool, (fitting or context) // block_size, N // K)
+    else:
+        tile = decode_kernel.DecodeTile(blocks=tile_blocks, ring=ring)
     call = functools.partial(
-        decode_kernel._decode_call,
-        out_dtype=jnp.bfloat16,
-        tile_blocks=tile_blocks,
-        scale=H**-0.5,
-        window=None,
-        soft_cap=None,
-        interpret=False,
-        static_len=context,
+        decode_kernel.paged_decode, scale=H**-0.5, tile=tile, static_len=context
     )
     arguments = (
-        jax.ShapeDtypeStruct((rows,), jnp.int32),
-        jax.ShapeDtypeStruct((rows, 1, max_blocks), jnp.int32),
-        jax.ShapeDtypeStruct((rows, K, G, shape[-1]), jnp.bfloat16),
+        jax.ShapeDtypeStruct((rows, N, H), jnp.bfloat16),
         pool,
+        jax.ShapeDtypeStruct((rows, context // block_size), jnp.int32),
+        jax.ShapeDtypeStruct((rows,), jnp.int32),
     )
-    ideal_bytes = rows * context * K * 2 * H * 2
     function, operands = kernel_alone(call, arguments)
+    kv_bytes = rows * context * K * 2 * H * pool.dtype.itemsize
     work = Work(
-        tiles=rows * tiles,
+        tiles=rows * _whole_tiles(context, tile.blocks * block_size),
         rows=rows,
-        kv_bytes=rows * context * K * shape[-1] * 2,
-        ideal_bytes=ideal_bytes,
+        kv_bytes=kv_bytes,
+        ideal_bytes=kv_bytes,
         flops=rows * context * N * 4 * H,
     )
     return Probe(function, operands, work)
+
+
+def prefill(
+    *,
+    heads: tuple[int, int, int],
+    context: int,
+    queries: int,
+    fitting: int | None = None,
+    block_size: int = 16,
+    dtype: str = "bfloat16",
+    tile_tokens: int | None = None,
+    tile_blocks: int | None = None,
+    ring: int = 3,
+) -> Probe:
+    """One query tile of `paged_prefill`, all of whose tokens see the whole context.
+
+    The kernel's loop over KV heads is inside its loop over tiles, which the estimator does not
+    multiply: the probe has the heads of one turn, and `work.turns` says how many there are.
+    """
+    del fitting
+    N, K, H = heads
+    G = N // K
+    pool = _pool(heads, block_size, dtype)
+    q: Any = jax.ShapeDtypeStruct((queries, N, H), jnp.bfloat16)
+    tile = ragged_kernel.default_tile(q, pool)
+    if tile_tokens is not None and tile_blocks is not None:
+        tile = ragged_kernel.RaggedTile(tokens=tile_tokens, blocks=tile_blocks, ring=ring)
+    turn = ragged_kernel.heads_at_once(K, G * tile.tokens * tile.blocks * block_size)
+    pool = _pool((turn * G, turn, H), block_size, dtype)
+    call = functools.partial(
+        ragged_kernel.ragged_call,
+        sinks=None,
+        kv_scales=None,
+        out_dtype=jnp.bfloat16,
+        tile=tile,
+        scale=H**-0.5,
+        window=None,
+        soft_cap=None,
+        static_context=context,
+        interpret=False,
+    )
+    arguments = (
+        jax.ShapeDtypeStruct((2, 5), jnp.int32),
+        jax.ShapeDtypeStruct((2, 1, context // block_size), jnp.int32),
+        jax.ShapeDtypeStruct((turn * G, tile.tokens, H if H % 128 == 0 else 2 * H), jnp.bfloat16),
+        pool,
+    )
+    function, operands = kernel_alone(
+        lambda visits, tables, q, pool: call(visits, 1, tables, q, pool), arguments
+    )
+    visits = -(-queries // tile.tokens)
+    context_bytes = context * K * 2 * H * pool.dtype.itemsize
+    return Probe(
+        function,
+        operands,
+        Work(
+            tiles=_whole_tiles(context, tile.blocks * block_size),
+            rows=1,
+            kv_bytes=context_bytes * visits,
+            ideal_bytes=context_bytes,
+            flops=queries * context * N * 4 * H,
+            runs=visits,
+            turns=K // turn,
+        ),
+    )
+
+
+def _whole_tiles(context: int, tile_tokens: int) -> int:
+    tiles, left = divmod(context, tile_tokens)
+    if left:
+        raise ValueError(f"{context} tokens are no whole tiles of {tile_tokens}")
+    return tiles
+
+
+def _pool(heads: tuple[int, int, int], block_size: int, dtype: str) -> Any:
+    _, K, H = heads
+    shape = pool_shape(num_blocks=NUM_BLOCKS, num_kv_heads=K, block_size=block_size, head_size=H)
+    return jax.ShapeDtypeStruct(shape, dtype)

@@ -44,13 +44,13 @@ def _tiles(*tile_blocks: int) -> list[Candidate]:
     return [{"tile_blocks": blocks} for blocks in tile_blocks]
 
 
-# Each probe's function, its candidates and the contexts it is asked at. One of our own prompts, at
-# `benchmarks.tpu.probes:prefill`, would take the options of the peer's and stand before it.
+# Each probe's function, its candidates and the contexts it is asked at.
 _RAGGED_DEFAULT = _tiles(128)  # its table of tuned sizes has no entry for these shapes
 _QUERIES = {"queries": PREFILL["queries"]}
 _PROMPT = [{**_QUERIES, **candidate} for candidate in _tiles(32, 64)]
 PROBES: dict[str, tuple[str, list[Candidate], Sequence[int]]] = {
     "decode": ("benchmarks.tpu.probes:decode", [{}], DECODE_CONTEXTS),
+    "decode-block-64": ("benchmarks.tpu.probes:decode", [{"block_size": 64}], DECODE_CONTEXTS),
     "decode-jax-paged": (
         "benchmarks.tpu.peers:paged_attention",
         _tiles(64, 128),
@@ -71,6 +71,7 @@ PROBES: dict[str, tuple[str, list[Candidate], Sequence[int]]] = {
         [{**candidate, "query_tile": 8} for candidate in _tiles(32, 64)],
         DECODE_CONTEXTS,
     ),
+    "prefill": ("benchmarks.tpu.probes:prefill", [_QUERIES], [PREFILL["context"]]),
     "prefill-jax-ragged-default": (
         "benchmarks.tpu.peers:ragged_paged_attention",
         [{**_QUERIES, **candidate} for candidate in _RAGGED_DEFAULT],
@@ -143,8 +144,8 @@ def _figures(row: Row, candidate: Candidate, timeout: int) -> dict[str, Any]:
     )
     return {
         "options": _fitting(candidate, row.context),
-        "tile_cycles": round(tile_cycles),
-        **_times(cycles[row.context], works[row.context], CHIPS[row.chip]),
+        "tile_cycles": round(tile_cycles * works[row.context].turns),
+        **_times(cycles[row.context], tile_cycles, works[row.context], CHIPS[row.chip]),
         **_code_figures(found[row.context]),
     }
 
@@ -152,14 +153,15 @@ def _figures(row: Row, candidate: Candidate, timeout: int) -> dict[str, Any]:
 def _fitting(candidate: Candidate, context: int) -> Candidate:
     """The candidate with a tile no longer than the context; both contexts have the same."""
     if "tile_blocks" not in candidate:
-        return candidate
+        return {**candidate, "fitting": context}
     longest = context // candidate.get("block_size", BLOCK_SIZE)
     return {**candidate, "tile_blocks": min(candidate["tile_blocks"], longest)}
 
 
-def _times(cycles: int, work: Work, chip: Chip) -> dict[str, Any]:
+def _times(cycles: int, tile_cycles: float, work: Work, chip: Chip) -> dict[str, Any]:
     """Of one sequence: cycles, and what the chip's roofs say to them."""
-    kernel_cycles = cycles / work.rows
+    other_turns = (work.turns - 1) * work.tiles * tile_cycles
+    kernel_cycles = (cycles + other_turns) * work.runs / work.rows
     memory_cycles = work.kv_bytes / work.rows / chip.hbm_bytes
     time_cycles = max(kernel_cycles, memory_cycles)
     ideal_memory = work.ideal_bytes / work.rows / chip.hbm_bytes

@@ -62,7 +62,7 @@ def paged_decode(
     _, K, _, W = pool.shape
     G = N // K
     check(pool)
-    queries = -(-G // SUBLANES) * SUBLANES
+    queries = _padded(G)
     # Float32, since Mosaic cannot take half a register of bfloat16 on v5e.
     q_BKQV = q.reshape(B, K, G, H).astype(jnp.float32)
     q_BKQV = jnp.pad(q_BKQV, [(0, 0), (0, 0), (0, queries - G), (0, head_lanes(W) - H)])
@@ -78,7 +78,7 @@ def paged_decode(
         sinks,
         kv_scales,
         compute_dtype=compute_dtype(q, pool),
-        tile=tile or default_tile(pool, block_tables.shape[1], queries),
+        tile=tile or default_tile(pool, block_tables.shape[1], G),
         scale=scale,
         window=window,
         soft_cap=soft_cap,
@@ -105,15 +105,23 @@ def compute_dtype(q: Float[Array, "..."], pool: Real[Array, "..."]) -> jnp.dtype
     return jnp.dtype(jnp.float32 if q.dtype == jnp.float32 else jnp.bfloat16)
 
 
-def default_tile(pool: Real[Array, "P K S W"], max_blocks: int, queries: int) -> DecodeTile:
-    """As many tokens as two MiB and the registers hold; no longer than a table."""
+def default_tile(pool: Real[Array, "P K S W"], max_blocks: int, group: int) -> DecodeTile:
+    """As many tokens as the ring and the registers hold, a power of two of blocks.
+
+    Hundreds: fewer in flight and the latency of a copy shows, and one head's steps wait for each
+    other. No longer than a table.
+    """
     _, K, S, W = pool.shape
     # A quantised tile is there once more in what it is multiplied in.
-    block_bytes = K * S * -(-W // LANES) * LANES * max(pool.dtype.itemsize, 2)
-    blocks = min(MAX_TILE_BYTES // block_bytes, MAX_LOGITS // (queries * S * min(K, 3)))
-    unit = max(1, LANES // S)  # whole registers of logits
-    blocks = min(blocks, pl.cdiv(max_blocks, unit) * unit)
-    return DecodeTile(blocks=max(1, blocks // unit * unit if blocks >= unit else blocks))
+    block_bytes = K * S * pl.cdiv(W, LANES) * LANES * max(pool.dtype.itemsize, 2)
+    blocks = min(MAX_TILE_BYTES // block_bytes, MAX_LOGITS // (_padded(group) * S * min(K, 3)))
+    blocks = min(max(1, blocks), pl.next_power_of_2(max(max_blocks, LANES // S)))
+    return DecodeTile(blocks=1 << (blocks.bit_length() - 1))
+
+
+def _padded(group: int) -> int:
+    """Queries of a KV head in whole registers."""
+    return pl.cdiv(group, SUBLANES) * SUBLANES
 
 
 def _decode_call(

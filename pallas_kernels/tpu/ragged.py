@@ -24,9 +24,9 @@ from pallas_kernels.tpu.softmax import LANES, Head, Softmax, absorb, head_lanes
 # wait for each other more than what is put aside costs (benchmarks.tpu_static).
 MAX_LOGITS = 256 << 10
 MIN_TOKENS = 16  # a register of bfloat16 has 16 sublanes
-MAX_TOKENS = 128
-QUERIES_BYTES = 6 << 20
+MAX_TOKENS = 64
 CONTEXT_TOKENS = 256
+QUERIES_BYTES = 6 << 20  # with a ring of tiles they fit the 16 MiB of a v5e program
 TILE_BYTES = 1 << 20
 
 
@@ -72,13 +72,13 @@ def paged_prefill(
     T, _, H = q.shape
     W = pool.shape[3]
     check(pool)
-    tile = tile or _default_tile(q, pool)
+    tile = tile or default_tile(q, pool)
     q_NTW = jnp.pad(
         q.transpose(1, 0, 2).astype(compute_dtype(q, pool)),
         [(0, 0), (0, -T % tile.tokens), (0, head_lanes(W) - H)],
     )
     visits, num_visits = _list_visits(batch, num_tokens=T, tile_tokens=tile.tokens)
-    out_NTV = _ragged_call(
+    out_NTV = ragged_call(
         visits,
         num_visits,
         batch.block_tables[:, None, :],
@@ -97,17 +97,18 @@ def paged_prefill(
     return _with_decoded(out, batch, decoded)
 
 
-def _default_tile(q: Float[Array, "T N H"], pool: Real[Array, "P K S W"]) -> RaggedTile:
+def default_tile(q: Float[Array, "T N H"], pool: Real[Array, "P K S W"]) -> RaggedTile:
     """As many tokens as their queries, answers and sums leave room for in VMEM."""
     T, N, _ = q.shape
     _, K, S, W = pool.shape
     lanes = pl.cdiv(head_lanes(W), LANES) * LANES
     # Queries and answers twice, since the next ones arrive meanwhile; values; two columns.
     token_bytes = N * (lanes * (4 * q.dtype.itemsize + 4) + 2 * 4 * LANES)
-    tokens = max(MIN_TOKENS, min(QUERIES_BYTES // token_bytes, MAX_TOKENS, T))
+    tokens = min(max(QUERIES_BYTES // token_bytes, MIN_TOKENS), MAX_TOKENS)
+    tokens = min(1 << (tokens.bit_length() - 1), pl.cdiv(T, MIN_TOKENS) * MIN_TOKENS)
     block_bytes = K * S * pl.cdiv(W, LANES) * LANES * max(pool.dtype.itemsize, 2)
     blocks = max(1, min(CONTEXT_TOKENS // S, TILE_BYTES // block_bytes))
-    return RaggedTile(tokens=-(-tokens // MIN_TOKENS) * MIN_TOKENS, blocks=blocks)
+    return RaggedTile(tokens=tokens, blocks=blocks)
 
 
 def _with_decoded(
@@ -150,7 +151,7 @@ def _list_visits(
     return visits, jnp.maximum(visit_ends_B[-1], 1).astype(jnp.int32)
 
 
-def _ragged_call(
+def ragged_call(
     visits: Int32[Array, "X 5"],
     num_visits: Int32[Array, ""] | int,
     block_tables: Int32[Array, "B 1 M"],
@@ -245,7 +246,7 @@ def _ragged_kernel(
     N, Q, _ = q_ref.shape
     _, K, C, _ = kv_ref.shape
     G = N // K
-    at_once = _heads_at_once(K, G * Q * C)
+    at_once = heads_at_once(K, G * Q * C)
     visit, last = pl.program_id(0), visits_ref.shape[0] - 1
     softmax = Softmax(high_ref, total_ref, values_ref)
     tile, _, my_first, my_end, zero = (visits_ref[visit, field] for field in range(5))
@@ -308,7 +309,7 @@ def _ragged_kernel(
     jax.lax.fori_loop(0, N, answer, None)
 
 
-def _heads_at_once(num_kv_heads: int, logits: int) -> int:
+def heads_at_once(num_kv_heads: int, logits: int) -> int:
     """Of KV heads with so many logits each; they must divide the heads."""
     most = max(1, MAX_LOGITS // logits)
     return max(

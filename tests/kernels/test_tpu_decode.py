@@ -74,7 +74,7 @@ def make_case(
 
 
 def run(case: Case, *, tile_blocks: int | None = 2, ring: int = 3, **params: Any) -> Outcome:
-    tile = tile_blocks and decode.DecodeTile(blocks=tile_blocks, ring=ring)
+    tile = decode.DecodeTile(blocks=tile_blocks, ring=ring) if tile_blocks else None
     arrays = case.q, case.pool, case.block_tables, case.seq_lens
 
     def kernel(mode: pltpu.InterpretParams) -> jax.Array:

@@ -8,13 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.tpu import ragged
-from pallas_kernels.tpu.ring import Ring
 from tests.helpers import TOLERANCES, assert_close
-from tests.kernels.cases import SCALE, Case, dense, make_case, rounded
+from tests.kernels.cases import SCALE, Case, dense, make_case
 from tests.kernels.simulator import Outcome, simulate
 
 TILE = ragged.RaggedTile(tokens=16, blocks=2)

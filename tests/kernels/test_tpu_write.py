@@ -16,14 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import TypeCheckError
 
+from benchmarks.tpu.topology import TOPOLOGIES, compile_for_tpu, missing_libtpu
 from pallas_kernels import Backend, pool_shape, write_kv
 from pallas_kernels.tpu import write
 from tests.kernels import simulator
 from tests.kernels.simulator import Outcome
-from tests.kernels.tpu_topology import TOPOLOGIES, compile_for_tpu, missing_libtpu
 
 needs_libtpu = pytest.mark.skipif(missing_libtpu() is not None, reason=missing_libtpu() or "")
 P, K, S, H = 7, 3, 16, 10
