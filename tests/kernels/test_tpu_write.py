@@ -208,7 +208,7 @@ def test_a_wrong_shape_is_refused_by_the_annotations():
 def test_what_the_kernel_cannot_do_is_refused(pool: jax.Array, message: str):
     case = make_case([9, 4], num_tokens=2)
     with pytest.raises(ValueError, match=message):
-        write.write_kv(pool, case.k, case.v, case.slots)
+        write.write_kv(pool, case.kv, case.slots)
 
 
 @needs_libtpu
