@@ -76,7 +76,8 @@ def prefill(
     """One query tile of `paged_prefill`, all of whose tokens see the whole context.
 
     The kernel's loop over KV heads is inside its loop over tiles, which the estimator does not
-    multiply: the probe has the heads of one turn, and `work.turns` says how many there are.
+    multiply: the probe has the heads of one turn, and `work.turns` says how many there are. Cores
+    that share the heads count as rows.
     """
     del fitting
     N, K, H = heads
@@ -86,8 +87,9 @@ def prefill(
     tile = ragged_kernel.default_tile(q, pool)
     if tile_tokens is not None and tile_blocks is not None:
         tile = ragged_kernel.RaggedTile(tokens=tile_tokens, blocks=tile_blocks, ring=ring)
-    turn = ragged_kernel.heads_at_once(K, G * tile.tokens * tile.blocks * block_size)
-    pool = _pool((turn * G, turn, H), block_size, dtype)
+    cores = ragged_kernel.cores_of_heads(K, interpret=False)
+    turn = ragged_kernel.heads_at_once(K // cores, G * tile.tokens * tile.blocks * block_size)
+    pool = _pool((turn * G, turn * cores, H), block_size, dtype)
     call = functools.partial(
         ragged_kernel.ragged_call,
         sinks=None,
@@ -103,7 +105,9 @@ def prefill(
     arguments = (
         jax.ShapeDtypeStruct((2, 5), jnp.int32),
         jax.ShapeDtypeStruct((2, 1, context // block_size), jnp.int32),
-        jax.ShapeDtypeStruct((turn * G, tile.tokens, H if H % 128 == 0 else 2 * H), jnp.bfloat16),
+        jax.ShapeDtypeStruct(
+            (cores * turn * G, tile.tokens, H if H % 128 == 0 else 2 * H), jnp.bfloat16
+        ),
         pool,
     )
     function, operands = kernel_alone(
@@ -115,13 +119,13 @@ def prefill(
         function,
         operands,
         Work(
-            tiles=_whole_tiles(context, tile.blocks * block_size),
-            rows=1,
+            tiles=cores * _whole_tiles(context, tile.blocks * block_size),
+            rows=cores,
             kv_bytes=context_bytes * visits,
             ideal_bytes=context_bytes,
             flops=queries * context * N * 4 * H,
             runs=visits,
-            turns=K // turn,
+            turns=K // cores // turn,
         ),
     )
 

@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32, Real
 
+from pallas_kernels.tpu.cores import num_cores
 from pallas_kernels.tpu.ring import Ring, Walk
 from pallas_kernels.tpu.softmax import LANES, Head, Softmax, absorb, head_lanes
 
@@ -140,16 +141,31 @@ def _decode_call(
     static_len: int | None,
     interpret: bool | pltpu.InterpretParams,
 ) -> Float[Array, "B K Q V"]:
-    """The kernel over a grid of rows; the pool stays where it is, two rows' tables are in SMEM."""
+    """The kernel over a grid of rows; the pool stays where it is, two rows' tables are in SMEM.
+
+    Each core has consecutive rows of its own.
+    """
     B, K, Q, V = q.shape
     S, W = pool.shape[2:]
     M = block_tables.shape[2]
+    cores = num_cores(interpret)
+    if B % cores:
+        padding = [(0, -B % cores)]
+        seq_lens = jnp.pad(seq_lens, padding)
+        block_tables = jnp.pad(block_tables, [*padding, (0, 0), (0, 0)])
+        q = jnp.pad(q, [*padding, (0, 0), (0, 0), (0, 0)])
+    rows = q.shape[0] // cores
+    last = q.shape[0] - 1
     whole_smem = pl.BlockSpec(memory_space=pltpu.SMEM)
+
     # All tables would not fit the 1 MiB of SMEM at 256 rows of 1024 blocks.
-    table = pl.BlockSpec((None, 1, M), lambda row: (row, 0, 0), memory_space=pltpu.SMEM)
-    next_table = pl.BlockSpec(
-        (None, 1, M), lambda row: (jnp.minimum(row + 1, B - 1), 0, 0), memory_space=pltpu.SMEM
-    )
+    def table(step: int) -> pl.BlockSpec:
+        def place(core, row):
+            return jnp.minimum(core * rows + row + step, last), 0, 0
+
+        return pl.BlockSpec((None, 1, M), place, memory_space=pltpu.SMEM)
+
+    heads = pl.BlockSpec((None, K, Q, V), lambda core, row: (core * rows + row, 0, 0, 0))
     return pl.pallas_call(
         functools.partial(
             _decode_kernel,
@@ -160,18 +176,18 @@ def _decode_call(
             static_len=static_len,
         ),
         name="paged_decode",
-        grid=(B,),
+        grid=(cores, rows),
         in_specs=[
             whole_smem,
-            table,
-            next_table,
-            pl.BlockSpec((None, K, Q, V), lambda row: (row, 0, 0, 0)),
+            table(0),
+            table(1),
+            heads,
             pl.BlockSpec(memory_space=pl.ANY),
-            None if sinks is None else pl.BlockSpec((K, Q, 1), lambda row: (0, 0, 0)),
+            None if sinks is None else pl.BlockSpec((K, Q, 1), lambda *_: (0, 0, 0)),
             None if kv_scales is None else whole_smem,
         ],
-        out_specs=pl.BlockSpec((None, K, Q, V), lambda row: (row, 0, 0, 0)),
-        out_shape=jax.ShapeDtypeStruct((B, K, Q, V), jnp.float32),
+        out_specs=heads,
+        out_shape=jax.ShapeDtypeStruct(q.shape, jnp.float32),
         scratch_shapes=[
             pltpu.VMEM((tile.ring, K, tile.blocks * S, W), pool.dtype),
             pltpu.SemaphoreType.DMA((tile.ring,)),
@@ -181,9 +197,11 @@ def _decode_call(
             pltpu.VMEM((K, Q, V), jnp.float32),
         ],
         # Block ids are the scheduler's own; to check each costs more than to start its copy.
-        compiler_params=pltpu.CompilerParams(disable_bounds_checks=True),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), disable_bounds_checks=True
+        ),
         interpret=interpret,
-    )(seq_lens, block_tables, block_tables, q, pool, sinks, kv_scales)
+    )(seq_lens, block_tables, block_tables, q, pool, sinks, kv_scales)[:B]
 
 
 def _decode_kernel(
@@ -211,18 +229,20 @@ def _decode_kernel(
     """One row: its blocks pass through the ring a tile at a time, under an online softmax."""
     _, K, C, _ = kv_ref.shape
     Q = q_ref.shape[1]
-    row, num_rows = pl.program_id(0), pl.num_programs(0)
+    place, num_rows = pl.program_id(1), pl.num_programs(1)
+    first_row = pl.program_id(0) * num_rows
     ring = Ring(pool_ref, kv_ref, arrived_ref, turn_ref)
     softmax = Softmax(high_ref, total_ref, values_ref)
 
-    def walk(row, table) -> Walk:
-        """What a row sees; the row behind the last one, nothing."""
+    def walk(place, table) -> Walk:
+        """What a row of this core sees; the one behind the last, nothing."""
         if static_len is not None:
             return Walk(table, 0 if window is None else max(static_len - window, 0), static_len)
-        end = jnp.where(row < num_rows, seq_lens_ref[jnp.minimum(row, num_rows - 1)], 0)
+        row = first_row + jnp.minimum(place, num_rows - 1)
+        end = jnp.where(place < num_rows, seq_lens_ref[row], 0)
         return Walk(table, 0 if window is None else jnp.maximum(end - window, 0), end)
 
-    this, following = walk(row, table_ref), walk(row + 1, next_table_ref)
+    this, following = walk(place, table_ref), walk(place + 1, next_table_ref)
 
     def absorb_tile(tile, tile_ref) -> None:
         def visible(shape, axis):
@@ -259,7 +279,7 @@ def _decode_kernel(
         pl.when(jnp.logical_not(is_short))(lambda: absorb_slots(tile_ref))
 
     softmax.reset(sinks_ref)
-    ring.stream(this, following, absorb_tile, is_first=row == 0)
+    ring.stream(this, following, absorb_tile, is_first=place == 0)
     for head in range(K):
         values = softmax.result(head)
         o_ref[head] = values if kv_scales_ref is None else values * kv_scales_ref[1, head]

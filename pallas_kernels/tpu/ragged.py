@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32, Real
 
 from pallas_kernels.layout import PagedBatch
+from pallas_kernels.tpu.cores import num_cores
 from pallas_kernels.tpu.decode import check, compute_dtype
 from pallas_kernels.tpu.ring import Ring, Walk
 from pallas_kernels.tpu.softmax import LANES, Head, Softmax, absorb, head_lanes
@@ -168,22 +169,27 @@ def ragged_call(
     static_context: int | None = None,
     interpret: bool | pltpu.InterpretParams,
 ) -> Float[Array, "N T V"]:
-    """The kernel over a grid of visits; the pool stays where it is."""
+    """The kernel over a grid of visits; the pool stays where it is.
+
+    Where the heads divide so, each core has its share of them, in every visit.
+    """
     N, T, V = q.shape
     _, K, S, W = pool.shape
     M, last = block_tables.shape[2], visits.shape[0] - 1
+    cores = cores_of_heads(K, interpret)
     smem = pl.BlockSpec(memory_space=pltpu.SMEM)
 
     def table(step: int) -> pl.BlockSpec:
-        def place(visit, visits_ref):
+        def place(core, visit, visits_ref):  # noqa: ARG001
             return visits_ref[jnp.minimum(visit + step, last), 1], 0, 0
 
         return pl.BlockSpec((None, 1, M), place, memory_space=pltpu.SMEM)
 
     heads = pl.BlockSpec(
-        (N, tile.tokens, V), lambda visit, visits_ref: (0, visits_ref[visit, 0], 0)
+        (N // cores, tile.tokens, V),
+        lambda core, visit, visits_ref: (core, visits_ref[visit, 0], 0),
     )
-    column = pltpu.VMEM((N, tile.tokens, LANES), jnp.float32)
+    column = pltpu.VMEM((N // cores, tile.tokens, LANES), jnp.float32)
     return pl.pallas_call(
         functools.partial(
             _ragged_kernel,
@@ -195,28 +201,32 @@ def ragged_call(
         name="paged_prefill",
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(num_visits,),
+            grid=(cores, num_visits),
             in_specs=[
                 table(0),
                 table(1),
                 heads,
                 pl.BlockSpec(memory_space=pl.ANY),
-                None if sinks is None else pl.BlockSpec((N, 1, 1), lambda *_: (0, 0, 0)),
+                None
+                if sinks is None
+                else pl.BlockSpec((N // cores, 1, 1), lambda core, *_: (core, 0, 0)),
                 None if kv_scales is None else smem,
             ],
             out_specs=heads,
             scratch_shapes=[
-                pltpu.VMEM((tile.ring, K, tile.blocks * S, W), pool.dtype),
+                pltpu.VMEM((tile.ring, K // cores, tile.blocks * S, W), pool.dtype),
                 pltpu.SemaphoreType.DMA((tile.ring,)),
                 pltpu.SMEM((1,), jnp.int32),
                 column,
                 column,
-                pltpu.VMEM((N, tile.tokens, V), jnp.float32),
+                pltpu.VMEM((N // cores, tile.tokens, V), jnp.float32),
             ],
         ),
         out_shape=jax.ShapeDtypeStruct((N, T, V), out_dtype),
         # Block ids are the scheduler's own; to check each costs more than to start its copy.
-        compiler_params=pltpu.CompilerParams(disable_bounds_checks=True),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), disable_bounds_checks=True
+        ),
         interpret=interpret,
     )(visits, block_tables, block_tables, q, pool, sinks, kv_scales)
 
@@ -226,7 +236,7 @@ def _ragged_kernel(
     table_ref,  # i32[1, M] in SMEM, of this visit's row
     next_table_ref,  # i32[1, M] in SMEM, of the next visit's row
     q_ref,  # [N, Q, V], zero behind the first H lanes
-    pool_ref,  # [P, K, S, W] in HBM
+    pool_ref,  # [P, KV heads, S, W] in HBM
     sinks_ref,  # f32[N, 1, 1], or None
     kv_scales_ref,  # f32[2, K] in SMEM, or None
     o_ref,  # [N, Q, V], the result in the last H lanes
@@ -247,7 +257,8 @@ def _ragged_kernel(
     _, K, C, _ = kv_ref.shape
     G = N // K
     at_once = heads_at_once(K, G * Q * C)
-    visit, last = pl.program_id(0), visits_ref.shape[0] - 1
+    visit, last = pl.program_id(1), visits_ref.shape[0] - 1
+    first_kv_head = pl.program_id(0) * K
     softmax = Softmax(high_ref, total_ref, values_ref)
     tile, _, my_first, my_end, zero = (visits_ref[visit, field] for field in range(5))
     if static_context is not None:
@@ -259,7 +270,7 @@ def _ragged_kernel(
             return Walk(table, 0, static_context)
         first, end, zero = (visits_ref[jnp.minimum(visit, last), field] for field in (2, 3, 4))
         start = 0 if window is None else jnp.maximum(first - zero - window + 1, 0)
-        return Walk(table, start, jnp.where(visit < pl.num_programs(0), end - zero, start))
+        return Walk(table, start, jnp.where(visit < pl.num_programs(1), end - zero, start))
 
     this, following = walk(visit, table_ref), walk(visit + 1, next_table_ref)
 
@@ -283,7 +294,11 @@ def _ragged_kernel(
             heads = []
             for kv_head in (turn * at_once + i for i in range(at_once)):
                 kv = kv_tile_ref[kv_head].astype(q_ref.dtype)
-                factor = scale if kv_scales_ref is None else scale * kv_scales_ref[0, kv_head]
+                factor = (
+                    scale
+                    if kv_scales_ref is None
+                    else scale * kv_scales_ref[0, first_kv_head + kv_head]
+                )
                 places = [kv_head * G + query for query in range(G)]
                 heads += [Head(place, q_ref[place], kv, factor) for place in places]
             absorb(softmax, heads, visible_QC, soft_cap=soft_cap)
@@ -291,7 +306,7 @@ def _ragged_kernel(
         jax.lax.fori_loop(0, K // at_once, absorb_heads, None)
 
     softmax.reset(sinks_ref)
-    ring = Ring(pool_ref, kv_ref, arrived_ref, turn_ref)
+    ring = Ring(pool_ref, kv_ref, arrived_ref, turn_ref, first_kv_head)
     ring.stream(this, following, absorb_tile, is_first=visit == 0)
 
     tokens_Q1 = tile * Q + jax.lax.broadcasted_iota(jnp.int32, (Q, 1), 0)
@@ -301,12 +316,18 @@ def _ragged_kernel(
     def answer(head, _) -> None:
         values = softmax.result(head)
         if kv_scales_ref is not None:
-            values *= kv_scales_ref[1, head // G]
+            values *= kv_scales_ref[1, first_kv_head + head // G]
         # Another row's tokens keep what its visit has given them.
         others = jnp.where(is_new, 0, o_ref[head].astype(jnp.float32))
         o_ref[head] = jnp.where(mine_Q1, values, others).astype(o_ref.dtype)
 
     jax.lax.fori_loop(0, N, answer, None)
+
+
+def cores_of_heads(num_kv_heads: int, interpret: bool | pltpu.InterpretParams) -> int:
+    """The cores that share a visit's KV heads: all, or one where they do not divide."""
+    cores = num_cores(interpret)
+    return cores if num_kv_heads % cores == 0 else 1
 
 
 def heads_at_once(num_kv_heads: int, logits: int) -> int:

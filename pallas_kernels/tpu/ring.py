@@ -35,10 +35,11 @@ class Ring:
     younger. `turn` outlives a walk, so that the next one finds what was fetched for it.
     """
 
-    pool: Ref  # [P, K, S, W] in HBM
+    pool: Ref  # [P, KV heads, S, W] in HBM
     buffers: Ref  # [ring, K, C, W] in VMEM
     arrived: Ref  # DMA semaphores [ring]
     turn: Ref  # i32[1] in SMEM: the buffer of this walk's first tile
+    first_head: Scalar = 0  # of the pool's KV heads, K from here on are fetched
 
     def stream(
         self,
@@ -105,7 +106,8 @@ class Ring:
         tile_blocks = self.buffers.shape[2] // self.pool.shape[2]
 
         def copy(place: Scalar, _: None) -> None:
-            block = self.pool.at[walk.table[0, first + place]]
+            heads = pl.ds(self.first_head, self.buffers.shape[1])
+            block = self.pool.at[walk.table[0, first + place], heads]
             slots = self._slots(buffer, place, 1)
             pltpu.make_async_copy(block, slots, self.arrived.at[buffer]).start()
 
