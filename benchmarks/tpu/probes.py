@@ -14,6 +14,7 @@ from benchmarks.tpu.probe import Probe, Work, kernel_alone
 from pallas_kernels import pool_shape
 from pallas_kernels.tpu import decode as decode_kernel
 from pallas_kernels.tpu import ragged as ragged_kernel
+from pallas_kernels.tpu.cores import num_cores
 
 NUM_BLOCKS = 4096  # of the pool: how many hardly matters
 ROWS = 2  # so that what a row fetches for the next one counts; more make the estimator slow
@@ -30,11 +31,13 @@ def decode(
     tile_blocks: int | None = None,
     ring: int = 3,
 ) -> Probe:
-    """`paged_decode` of rows of `context` tokens, by default with its own tile.
+    """`paged_decode` of so many rows a core, of `context` tokens, by default with its own tile.
 
-    Contexts must be whole tiles; `fitting` is one that the default tile is chosen to fit.
+    Contexts must be whole tiles; `fitting` is one that the default tile is chosen to fit. The work
+    is one core's.
     """
     N, K, H = heads
+    all_rows = rows * num_cores(interpret=False)
     pool = _pool(heads, block_size, dtype)
     if tile_blocks is None:
         tile = decode_kernel.default_tile(pool, (fitting or context) // block_size, N // K)
@@ -44,10 +47,10 @@ def decode(
         decode_kernel.paged_decode, scale=H**-0.5, tile=tile, static_len=context
     )
     arguments = (
-        jax.ShapeDtypeStruct((rows, N, H), jnp.bfloat16),
+        jax.ShapeDtypeStruct((all_rows, N, H), jnp.bfloat16),
         pool,
-        jax.ShapeDtypeStruct((rows, context // block_size), jnp.int32),
-        jax.ShapeDtypeStruct((rows,), jnp.int32),
+        jax.ShapeDtypeStruct((all_rows, context // block_size), jnp.int32),
+        jax.ShapeDtypeStruct((all_rows,), jnp.int32),
     )
     function, operands = kernel_alone(call, arguments)
     kv_bytes = rows * context * K * 2 * H * pool.dtype.itemsize
@@ -76,8 +79,8 @@ def prefill(
     """One query tile of `paged_prefill`, all of whose tokens see the whole context.
 
     The kernel's loop over KV heads is inside its loop over tiles, which the estimator does not
-    multiply: the probe has the heads of one turn, and `work.turns` says how many there are. Cores
-    that share the heads count as rows.
+    multiply: the probe has the heads of one turn, and `work.turns` says how many there are. The
+    work is one core's, where cores share the heads.
     """
     del fitting
     N, K, H = heads
@@ -102,28 +105,27 @@ def prefill(
         static_context=context,
         interpret=False,
     )
+    lanes = H if H % 128 == 0 else 2 * H
     arguments = (
         jax.ShapeDtypeStruct((2, 5), jnp.int32),
         jax.ShapeDtypeStruct((2, 1, context // block_size), jnp.int32),
-        jax.ShapeDtypeStruct(
-            (cores * turn * G, tile.tokens, H if H % 128 == 0 else 2 * H), jnp.bfloat16
-        ),
+        jax.ShapeDtypeStruct((cores * turn * G, tile.tokens, lanes), jnp.bfloat16),
         pool,
     )
     function, operands = kernel_alone(
         lambda visits, tables, q, pool: call(visits, 1, tables, q, pool), arguments
     )
     visits = -(-queries // tile.tokens)
-    context_bytes = context * K * 2 * H * pool.dtype.itemsize
+    context_bytes = context * K // cores * 2 * H * pool.dtype.itemsize
     return Probe(
         function,
         operands,
         Work(
-            tiles=cores * _whole_tiles(context, tile.blocks * block_size),
-            rows=cores,
+            tiles=_whole_tiles(context, tile.blocks * block_size),
+            rows=1,
             kv_bytes=context_bytes * visits,
             ideal_bytes=context_bytes,
-            flops=queries * context * N * 4 * H,
+            flops=queries * context * N // cores * 4 * H,
             runs=visits,
             turns=K // cores // turn,
         ),
