@@ -154,19 +154,16 @@ def test_items_of_one_group_are_written_in_order(slots: list[int], monkeypatch: 
     check(case, simulate(case, write.write_kv))
 
 
-def test_a_group_fetched_while_it_is_stored_is_found_to_race(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("slots", [ODD_ORDER, FAR_APART], ids=["before", "while"])
+def test_a_group_fetched_before_it_is_stored_is_found_to_race(
+    slots: list[int], monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(write, "MAX_BUFFERS", 4)
     monkeypatch.setattr(write, "_named_before", lambda groups, starts: starts & False)
-    case = make_case(FAR_APART)
+    case = make_case(slots)
     outcome = simulate(case, write.write_kv)
     assert outcome.raced
     assert differ(case, outcome).any()
-
-
-def test_a_group_fetched_before_it_is_stored_loses_rows(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(write, "_named_before", lambda groups, starts: starts & False)
-    case = make_case(ODD_ORDER)
-    assert differ(case, simulate(case, write.write_kv)).any()
 
 
 def test_not_to_wait_for_copies_gives_other_slots(monkeypatch: pytest.MonkeyPatch):
