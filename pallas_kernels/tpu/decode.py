@@ -103,7 +103,7 @@ def compute_dtype(q: Float[Array, "..."], pool: Real[Array, "..."]) -> jnp.dtype
     """What queries, keys and values are multiplied in; a quantised pool's are exact in either."""
     if pool.dtype in (jnp.bfloat16, jnp.float32):
         return pool.dtype
-    return jnp.dtype(jnp.float32 if q.dtype == jnp.float32 else jnp.bfloat16)
+    return jnp.dtype(jnp.bfloat16 if q.dtype == jnp.bfloat16 else jnp.float32)
 
 
 def default_tile(pool: Real[Array, "P K S W"], max_blocks: int, group: int) -> DecodeTile:

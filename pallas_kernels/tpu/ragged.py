@@ -147,7 +147,8 @@ def _list_visits(
     tile = jnp.where(is_live, tile, 0)
     first = jnp.maximum(starts_B[row], tile * tile_tokens)
     end = jnp.where(is_live, jnp.minimum(ends_B[row], (tile + 1) * tile_tokens), first)
-    zero = ends_B[row] - batch.seq_lens[row]
+    # A visit of nothing is at position 0, where there is no context to fetch.
+    zero = jnp.where(is_live, ends_B[row] - batch.seq_lens[row], first)
     visits = jnp.stack([tile, row, first, end, zero], axis=1).astype(jnp.int32)
     return visits, jnp.maximum(visit_ends_B[-1], 1).astype(jnp.int32)
 

@@ -32,7 +32,9 @@ class Softmax(NamedTuple):
             self.high[...] = jnp.full(shape, MASKED, jnp.float32)
             self.total[...] = jnp.zeros(shape, jnp.float32)
         else:
-            self.high[...] = jnp.broadcast_to(sinks[...] * LOG2_E, shape)
+            # Finite: of an infinite highest logit nothing can be subtracted.
+            high = jnp.minimum(sinks[...] * LOG2_E, jnp.finfo(jnp.float32).max)
+            self.high[...] = jnp.broadcast_to(high, shape)
             self.total[...] = jnp.full(shape, 1 / LANES, jnp.float32)
         self.values[...] = jnp.zeros(self.values.shape, jnp.float32)
 

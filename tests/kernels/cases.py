@@ -108,6 +108,36 @@ def quantized(case: Case, dtype: str) -> tuple[Case, np.ndarray]:
     return dataclasses.replace(case, pool=pool, contexts=contexts), kv_scales
 
 
+def padded(case: Case, *, tokens: int, columns: int, blocks: int) -> Case:
+    """The case in arrays of these sizes, so that one program serves many cases."""
+    missing = columns - case.batch.block_tables.shape[1]
+    tables = jnp.pad(case.batch.block_tables, [(0, 0), (0, missing)])
+    return dataclasses.replace(
+        case,
+        q=np.pad(case.q, [(0, tokens - len(case.q)), (0, 0), (0, 0)]),
+        pool=np.pad(
+            case.pool, [(0, blocks - len(case.pool)), *[(0, 0)] * 3], constant_values=np.nan
+        ),
+        batch=dataclasses.replace(case.batch, block_tables=tables),
+    )
+
+
+def only_needed(case: Case, window: int | None = None) -> Case:
+    """The case with NaN in slots that no query sees, and with their blocks outside the pool."""
+    tables, pool = np.array(case.batch.block_tables), case.pool.copy()
+    S = pool.shape[2]
+    needed = np.zeros(tables.shape, bool)
+    queries = np.diff(np.asarray(case.batch.query_starts))
+    for row, kv in enumerate(case.contexts):
+        first = 0 if window is None else max(0, len(kv) - queries[row] - window + 1)
+        for token in range(first):
+            pool[tables[row, token // S], :, token % S] = np.nan
+        needed[row, first // S : -(-len(kv) // S)] = True
+    tables[~needed] = len(pool) + 5
+    batch = dataclasses.replace(case.batch, block_tables=jnp.asarray(tables))
+    return dataclasses.replace(case, pool=pool, batch=batch)
+
+
 def dense(
     case: Case,
     *,
@@ -122,6 +152,8 @@ def dense(
     starts = np.asarray(case.batch.query_starts)
     for row, kv in enumerate(case.contexts):
         C = len(kv)
+        if not C:
+            continue
         for token in range(starts[row], starts[row + 1]):
             position = C - starts[row + 1] + token
             first = 0 if window is None else max(0, position - window + 1)

@@ -20,7 +20,7 @@ from pallas_kernels import PagedBatch
 from pallas_kernels.gpu import ragged
 from pallas_kernels.gpu.ragged import RaggedConfig
 from tests.helpers import TOLERANCES, assert_close
-from tests.kernels.cases import SCALE, Case, dense, make_case, rounded
+from tests.kernels.cases import SCALE, Case, dense, make_case, padded, rounded
 
 TINY = RaggedConfig(query_rows=16, context_tokens=16, num_warps=1, num_stages=1)
 OPTIONS = [{}, {"window": 5}, {"soft_cap": 1.5}, {"window": 19, "soft_cap": 3.0}]
@@ -126,20 +126,6 @@ def test_random_ragged_batches_agree_with_dense_attention(rows: list[tuple[int, 
     rows = [(n, n + before) for n, before in rows]
     case = make_case(rows, num_padding=6 - len(rows), seed=seed)
     assert_agrees(padded(case, tokens=112, columns=9, blocks=40), config=TINY, window=23)
-
-
-def padded(case: Case, *, tokens: int, columns: int, blocks: int) -> Case:
-    """The case in arrays of these sizes."""
-    missing = columns - case.batch.block_tables.shape[1]
-    tables = jnp.pad(case.batch.block_tables, [(0, 0), (0, missing)])
-    return dataclasses.replace(
-        case,
-        q=np.pad(case.q, [(0, tokens - len(case.q)), (0, 0), (0, 0)]),
-        pool=np.pad(
-            case.pool, [(0, blocks - len(case.pool)), *[(0, 0)] * 3], constant_values=np.nan
-        ),
-        batch=dataclasses.replace(case.batch, block_tables=tables),
-    )
 
 
 def test_a_tokens_bits_depend_on_its_tile_alone():

@@ -4,94 +4,132 @@ The simulator fills memory with NaN, and so does every test the slots that no ro
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import TypeCheckError
 
 from pallas_kernels.tpu import decode
 from pallas_kernels.tpu.ring import Ring
 from tests.helpers import TOLERANCES, assert_close
+from tests.kernels.cases import (
+    SCALE,
+    Case,
+    dense,
+    make_case,
+    one_token_a_row,
+    only_needed,
+    padded,
+    quantized,
+    rounded,
+)
 from tests.kernels.simulator import Outcome, simulate
 
+ROWS = 9
+LENS = [1, 7, 8, 9, 16, 17, 32, 33, 50]  # around a block and a tile
+SINKS = np.array([-60, -2, 0.3, 1.7, 8, 90], np.float32)
 
-class Case(NamedTuple):
-    """A kernel's arguments, and the result that NumPy finds."""
-
-    q: jax.Array
-    pool: jax.Array
-    block_tables: jax.Array
-    seq_lens: jax.Array
-    options: dict[str, Any]
-    expected: np.ndarray
+compiled_once = jax.jit(
+    decode.paged_decode, static_argnames=("scale", "window", "soft_cap", "tile", "interpret")
+)
 
 
-def make_case(
-    lens: list[int],
-    *,
-    heads: tuple[int, int, int] = (6, 2, 16),
-    block_size: int = 8,
+def make_rows(lens: list[int], **options: Any) -> Case:
+    return one_token_a_row(make_case([(1, length) for length in lens], num_padding=0, **options))
+
+
+def case_of(lens: list[int], **options: Any) -> Case:
+    """Rows in arrays of one size; those that are missing are empty."""
+    case = make_rows([*lens, *[0] * (ROWS - len(lens))], **options)
+    return padded(case, tokens=ROWS, columns=14, blocks=64)
+
+
+def run(
+    case: Case,
     dtype: str = "float32",
-    scale: float = 0.3,
-    window: int | None = None,
-    soft_cap: float | None = None,
-) -> Case:
-    rng = np.random.default_rng(0)
-    N, K, H = heads
-    S = block_size
-    num_columns = -(-max(lens) // S) + 1
-    num_blocks = 3 + sum(-(-length // S) for length in lens)
-    ids = iter(rng.permutation(np.arange(1, num_blocks)))
-    q = np.asarray(jnp.asarray(rng.standard_normal((len(lens), N, H)), dtype), np.float64)
-    pool = np.full((num_blocks, K, S, 2 * H), np.nan)
-    tables = np.zeros((len(lens), num_columns), np.int32)
-    expected = np.zeros((len(lens), N, H))
-    for row, length in enumerate(lens):
-        kv = np.asarray(jnp.asarray(rng.standard_normal((length, K, 2 * H)), dtype), np.float64)
-        for token in range(length):
-            column, offset = divmod(token, S)
-            if offset == 0:
-                tables[row, column] = next(ids)
-            pool[tables[row, column], :, offset] = kv[token]
-        if window is not None:  # what has left the window must not be read either
-            for token in range(length - window):
-                pool[tables[row, token // S], :, token % S] = np.nan
-            kv = kv[-window:]
-        for head in range(N if length else 0):
-            k, v = np.split(kv[:, head // (N // K)], 2, axis=-1)
-            logits = k @ q[row, head] * scale
-            if soft_cap is not None:
-                logits = soft_cap * np.tanh(logits / soft_cap)
-            weights = np.exp(logits - logits.max())
-            expected[row, head] = weights @ v / weights.sum()
-    options = {"scale": scale, "window": window, "soft_cap": soft_cap}
-    arrays = jnp.asarray(q, dtype), jnp.asarray(pool, dtype), jnp.asarray(tables)
-    return Case(*arrays, jnp.asarray(lens, jnp.int32), options, expected)
-
-
-def run(case: Case, *, tile_blocks: int | None = 2, ring: int = 3, **params: Any) -> Outcome:
+    *,
+    tile_blocks: int | None = 2,
+    ring: int = 3,
+    options: dict[str, Any] | None = None,
+    paged_decode: Any = compiled_once,
+    **params: Any,
+) -> Outcome:
+    """The kernel's answers; what changes the module must pass `decode.paged_decode`."""
     tile = decode.DecodeTile(blocks=tile_blocks, ring=ring) if tile_blocks else None
-    arrays = case.q, case.pool, case.block_tables, case.seq_lens
+    pool_dtype = dtype if case.pool.dtype == np.float32 else case.pool.dtype
+    q, pool = jnp.asarray(case.q, dtype), jnp.asarray(case.pool, pool_dtype)
+    tables, lens = case.batch.block_tables, case.batch.seq_lens
 
     def kernel(mode: pltpu.InterpretParams) -> jax.Array:
-        return decode.paged_decode(*arrays, tile=tile, interpret=mode, **case.options)
+        return paged_decode(
+            q, pool, tables, lens, scale=SCALE, tile=tile, interpret=mode, **options or {}
+        )
 
     outcome = simulate(kernel, **params)
     return outcome._replace(out=outcome.out.astype(np.float64))
 
 
-def check(case: Case, outcome: Outcome) -> None:
-    assert_close(outcome.out, case.expected, TOLERANCES[case.q.dtype.name].attention)
+def check(case: Case, outcome: Outcome, dtype: str = "float32", **options: Any) -> None:
+    expected = dense(case, **options)
+    if expected.any():
+        assert_close(outcome.out, expected, TOLERANCES[dtype].attention)
+    assert not outcome.out[np.asarray(case.batch.seq_lens) == 0].any()
     assert not outcome.raced
 
 
-def test_lengths_around_a_block_and_a_tile_agree_with_numpy():
-    case = make_case([1, 7, 8, 9, 16, 17, 32, 33, 50])
+@pytest.mark.parametrize("ring", [2, 3, 4])
+@pytest.mark.parametrize(
+    "lens",
+    [
+        LENS,
+        [1, 90, 2, 80, 1, 1, 70, 3, 95],
+        [0, 0, 19, 0, 33, 0, 0, 8, 0],
+        [0, 0, 0, 0, 0, 0, 0, 0, 50],
+        [90],
+        [0],
+    ],
+    ids=[
+        "around-a-tile",
+        "very-different",
+        "empty-between",
+        "only-the-last",
+        "only-the-first",
+        "0",
+    ],
+)
+def test_rows_agree_with_numpy_whatever_row_fetches_their_first_tiles(lens: list[int], ring: int):
+    case = only_needed(case_of(lens))
+    check(case, run(case, ring=ring))
+
+
+@settings(max_examples=12)
+@given(lens=st.lists(st.integers(0, 50), min_size=1, max_size=ROWS), seed=st.integers(0, 9))
+def test_random_lengths_agree_with_numpy(lens: list[int], seed: int):
+    case = only_needed(case_of(lens, seed=seed))
     check(case, run(case))
+
+
+def test_a_single_row_agrees_with_numpy():
+    case = make_rows([50])
+    check(case, run(case))
+
+
+def test_many_short_rows_agree_with_numpy():
+    case = make_rows([row * 5 % 13 for row in range(64)], heads=(2, 1, 16))
+    check(case, run(case))
+
+
+@pytest.mark.parametrize("window", [None, 140])
+def test_short_last_tiles_agree_with_numpy(window: int | None):
+    lens = [1, 127, 128, 129, 512, 513, 640, 641]
+    case = only_needed(make_rows(lens, heads=(2, 1, 16), block_size=32), window)
+    check(case, run(case, tile_blocks=16, options={"window": window}), window=window)
 
 
 @pytest.mark.parametrize(
@@ -103,99 +141,125 @@ def test_lengths_around_a_block_and_a_tile_agree_with_numpy():
         ((32, 8, 128), "bfloat16"),
         ((4, 1, 256), "float32"),
         ((8, 8, 128), "bfloat16"),
+        ((12, 12, 64), "float32"),
     ],
+    ids=str,
 )
 def test_head_counts_and_sizes_agree_with_numpy(heads: tuple[int, int, int], dtype: str):
-    case = make_case([21, 5], heads=heads, dtype=dtype, scale=heads[2] ** -0.5)
-    check(case, run(case))
+    case = rounded(make_rows([21, 5], heads=heads), dtype)
+    check(case, run(case, dtype), dtype)
 
 
 def test_blocks_longer_than_logits_registers_agree_with_numpy():
-    case = make_case([131, 2], block_size=128)
+    case = make_rows([131, 2], block_size=128)
     check(case, run(case, tile_blocks=1))
 
 
 def test_the_default_tile_agrees_with_numpy():
-    case = make_case([37, 3, 150], block_size=16)
+    case = make_rows([37, 3, 150], block_size=16)
     check(case, run(case, tile_blocks=None))
 
 
-@pytest.mark.parametrize("tile_blocks", [3, 11])
+@pytest.mark.parametrize("tile_blocks", [3, 20])
 def test_a_tile_need_not_divide_a_table_and_may_be_longer(tile_blocks: int):
-    case = make_case([3, 33, 8])
+    case = only_needed(case_of([3, 33, 8]))
     check(case, run(case, tile_blocks=tile_blocks))
 
 
-def test_rows_of_length_zero_give_zeros():
-    case = make_case([0, 19, 0])
-    outcome = run(case)
-    check(case, outcome)
-    assert not outcome.out[[0, 2]].any()
-    assert outcome.out[1].any()
-
-
 @pytest.mark.parametrize("window", [1, 11, 40])
-def test_a_window_sees_its_last_tokens_only(window: int):
-    case = make_case([50, 8, 12, 0, 33], window=window)
-    check(case, run(case))
-
-
-def test_only_blocks_that_hold_a_visible_token_are_fetched():
-    case = make_case([50, 8, 12, 0, 33], window=19)
-    lens_B1 = np.asarray(case.seq_lens)[:, None]
-    firsts_BM = np.arange(case.block_tables.shape[1])[None, :] * 8
-    needed_BM = (firsts_BM < lens_B1) & (firsts_BM + 8 > lens_B1 - 19)
-    nowhere = case.pool.shape[0] + 5  # the simulator raises where a copy leaves the pool
-    case = case._replace(block_tables=jnp.where(needed_BM, case.block_tables, nowhere))
-    check(case, run(case))
+def test_a_window_sees_and_fetches_its_last_tokens_only(window: int):
+    case = only_needed(case_of([50, 8, 12, 0, 33, 90, 40, 41]), window)
+    check(case, run(case, options={"window": window}), window=window)
 
 
 def test_a_soft_cap_bends_the_logits():
-    case = make_case([29, 6], soft_cap=0.7)
-    straight = make_case([29, 6])
-    check(case, run(case))
-    assert np.abs(case.expected - straight.expected).max() > 0.01
+    case = case_of([29, 6])
+    check(case, run(case, options={"soft_cap": 0.7}), soft_cap=0.7)
+    assert np.abs(dense(case, soft_cap=0.7) - dense(case)).max() > 0.01
+
+
+def test_sinks_take_weight_at_any_height():
+    case = case_of([*LENS[:-1], 0])
+    for sinks in (SINKS, np.array([-np.inf, -3e38, -1e30, -1e4, 1e4, 3e38], np.float32)):
+        check(case, run(case, options={"sinks": sinks}), sinks=sinks)
+
+
+@pytest.mark.parametrize(
+    ("pool_dtype", "dtype"),
+    [("int8", "float32"), ("int8", "bfloat16"), ("float8_e4m3fn", "bfloat16")],
+)
+def test_quantized_pools_agree_with_numpy(pool_dtype: str, dtype: str):
+    case, kv_scales = quantized(rounded(case_of(LENS), dtype), pool_dtype)
+    options = {"window": 19, "soft_cap": 3.0, "sinks": SINKS}
+    outcome = run(case, dtype, options={"kv_scales": kv_scales, **options})
+    check(case, outcome, dtype, **options)
+
+
+def test_every_number_of_float8_is_read_as_it_is():
+    """A row of one token gives its value back: subnormals, the largest and both zeros."""
+    codes = np.arange(256, dtype=np.uint8).view(jnp.float8_e4m3fn)
+    codes = np.where(np.isnan(codes.astype(np.float32)), 0, codes)
+    pool = np.zeros((3, 1, 8, 512), jnp.float8_e4m3fn)
+    pool[2, 0, 0, 256:] = codes
+    tables, lens = jnp.array([[2]], jnp.int32), jnp.array([1], jnp.int32)
+    options: Any = {"scale": SCALE, "kv_scales": jnp.ones((2, 1)), "interpret": True}
+    out = compiled_once(jnp.ones((1, 1, 256)), jnp.asarray(pool), tables, lens, **options)
+    np.testing.assert_array_equal(np.asarray(out)[0, 0], codes.astype(np.float32))
 
 
 def test_blocks_that_arrive_at_once_agree_too():
-    case = make_case([40, 17], window=30)
+    case = case_of([40, 0, 17])
     check(case, run(case, dma_execution_mode="eager"))
 
 
-def test_one_buffer_for_all_tiles_is_found_to_race(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("lens", [[50], [9, 9, 9]], ids=["of-a-row", "of-all-rows"])
+def test_one_buffer_for_all_tiles_is_found_to_race(
+    monkeypatch: pytest.MonkeyPatch, lens: list[int]
+):
     slots = Ring._slots
     monkeypatch.setattr(Ring, "_slots", lambda ring, _, *blocks: slots(ring, 0, *blocks))
-    assert run(make_case([50])).raced
+    assert run(make_rows(lens), paged_decode=decode.paged_decode).raced
 
 
 def test_blocks_used_before_they_arrived_give_nan(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Ring, "_wait", lambda *_: None)
-    assert np.isnan(run(make_case([50])).out).any()
+    assert np.isnan(run(make_rows([50]), paged_decode=decode.paged_decode).out).any()
 
 
 def test_the_kernel_runs_inside_a_jitted_step_by_plain_interpret():
-    case = make_case([20, 0, 9])
-    step = jax.jit(functools.partial(decode.paged_decode, interpret=True, **case.options))
-    out = step(case.q, case.pool, case.block_tables, case.seq_lens)
+    case = make_rows([20, 0, 9])
+    step = jax.jit(functools.partial(decode.paged_decode, interpret=True, scale=SCALE))
+    out = step(case.q, case.pool, case.batch.block_tables, case.batch.seq_lens)
     check(case, Outcome(np.asarray(out, np.float64), raced=False))
 
 
 def test_a_wrong_shape_is_refused_by_the_annotations():
-    case = make_case([9, 4])
+    case = make_rows([9, 4])
+    q, pool, batch = jnp.asarray(case.q), jnp.asarray(case.pool), case.batch
     with pytest.raises(TypeCheckError):
-        decode.paged_decode(case.q, case.pool, case.block_tables, case.seq_lens[:1], scale=0.3)
+        decode.paged_decode(q, pool, batch.block_tables, batch.seq_lens[:1], scale=SCALE)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("pool", "message"),
     [
-        ({"pool": jnp.zeros((4, 2, 12, 32))}, "multiple of 8, got 12"),
-        ({"pool": jnp.zeros((4, 2, 8, 32), jnp.float16)}, "got float16"),
+        (jnp.zeros((4, 2, 12, 32)), "multiple of 8, got 12"),
+        (jnp.zeros((4, 2, 8, 32), jnp.float16), "got float16"),
     ],
 )
-def test_what_the_kernel_cannot_do_is_refused(change: dict[str, Any], message: str):
-    case = make_case([9, 4])
-    arguments = case._asdict() | case.options | change
-    del arguments["options"], arguments["expected"]
+def test_what_the_kernel_cannot_do_is_refused(pool: jax.Array, message: str):
+    q, tables, lens = jnp.zeros((2, 6, 16)), jnp.zeros((2, 3), jnp.int32), jnp.zeros(2, jnp.int32)
     with pytest.raises(ValueError, match=message):
-        decode.paged_decode(**arguments)
+        decode.paged_decode(q, pool, tables, lens, scale=SCALE)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"blocks": 0}, "at least 1 block, got 0"),
+        ({"blocks": 2, "ring": 1}, "at least 2 tiles, got 1"),
+    ],
+)
+def test_a_tile_that_cannot_work_is_refused(sizes: dict[str, int], message: str):
+    with pytest.raises(ValueError, match=message):
+        decode.DecodeTile(**sizes)

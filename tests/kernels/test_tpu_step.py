@@ -1,39 +1,42 @@
 """The engine's whole step, compiled for a TPU that is not there."""
 
+import dataclasses
+import re
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.tpu.topology import compile_for_tpu, missing_libtpu
+from benchmarks.tpu.topology import TOPOLOGIES, Compiled, compile_for_tpu, missing_libtpu
 from jpaged.buckets import Bucket
 from jpaged.config import EngineConfig
-from jpaged.programs import PlainStep
+from jpaged.memory import block_bytes, pool_bytes
+from jpaged.programs import PlainStep, ShapedStep
 from jpaged.step import Step
 from jpaged_models import Phase, abstract_decoder
 from pallas_kernels import Backend
 from tests.helpers import SMOLLM2, tiny_config
 
-NUM_BLOCKS = 32768  # a slab larger than the embedding and than VMEM: the bound says something
-SLAB_BYTES = NUM_BLOCKS * 3 * 16 * 128 * 2  # one layer of the pool below
+LLAMA3_8B: dict[str, Any] = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_heads": 32,
+    "num_kv_heads": 8,
+    "head_size": 128,
+    "max_position_embeddings": 8192,
+}
+# Networks, and as many blocks that a slab is larger than the embedding and than VMEM: that no
+# temporary is as large says something.
+MODELS = {"smollm2": (SMOLLM2, 32768), "llama3-8b": (LLAMA3_8B, 8192)}
+HBM_GIB = {"v5e": 15.75, "v6e": 31.25}
+PADDING = 1 << 20  # of small arrays, to whole registers
+TARGET = f"{__name__}:build_step"
+KERNELS = {"decode": ["write_kv", "paged_decode"]}
+KERNELS["mixed"] = [*KERNELS["decode"], "paged_prefill"]
 
 pytestmark = pytest.mark.skipif(missing_libtpu() is not None, reason=str(missing_libtpu()))
-
-
-def build_step(*, phase: str, num_tokens: int, num_rows: int, num_layers: int) -> tuple[Any, Any]:
-    """The step of a network shaped like SmolLM2, without weights."""
-    config = tiny_config(**SMOLLM2, num_layers=num_layers, layer_windows=(None,) * num_layers)
-    decoder = abstract_decoder(config, dtype=jnp.bfloat16)
-    limits = EngineConfig(
-        block_size=16,
-        num_blocks=NUM_BLOCKS,
-        max_num_seqs=64,
-        max_num_batched_tokens=256,
-        max_model_len=2048,
-    )
-    step = Step(decoder, limits, pool_dtype=jnp.bfloat16, backend=Backend.PALLAS_TPU)
-    bucket = Bucket(Phase(phase), num_tokens, num_rows)
-    return step.define(PlainStep(bucket))
 
 
 @pytest.mark.parametrize(
@@ -44,10 +47,113 @@ def build_step(*, phase: str, num_tokens: int, num_rows: int, num_layers: int) -
     ],
     ids=["decode", "mixed"],
 )
-def test_step_compiles_for_v5e_with_the_pool_in_place(bucket):
-    compiled = compile_for_tpu(
-        "tests.kernels.test_tpu_step:build_step", options={**bucket, "num_layers": 2}
+def test_step_compiles_for_v5e_with_the_pool_in_place(bucket: dict[str, Any]):
+    check_compiled("v5e", {"model": "smollm2", "num_layers": 2, **bucket})
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("chip", TOPOLOGIES)
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("phase", KERNELS)
+def test_full_buckets_compile_for_every_chip(chip: str, model: str, phase: str):
+    bucket = {"phase": phase, "num_tokens": 256 if phase == "mixed" else 64, "num_rows": 64}
+    check_compiled(chip, {"model": model, "num_layers": 2, **bucket})
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(
+    ("chip", "model", "num_layers"), [("v5e", "smollm2", 30), ("v6e", "llama3-8b", 32)]
+)
+def test_all_layers_fit_beside_the_pool_that_memory_fraction_grants(
+    chip: str, model: str, num_layers: int
+):
+    options = {"model": model, "num_layers": num_layers, "phase": "mixed", "program": "shaped"}
+    bucket = {"num_tokens": 256, "num_rows": 64}
+    limit = int(HBM_GIB[chip] * 2**30)
+    small = compile_for_tpu(
+        TARGET, chip=chip, options={**options, **bucket, "num_blocks": 64}, timeout=900
     )
-    assert compiled.alias_bytes >= 2 * SLAB_BYTES, "both layers' pools are updated in place"
-    assert compiled.temporary_bytes < SLAB_BYTES
-    assert compiled.hlo.count("tpu_custom_call") == 4, "each layer writes, and decodes"
+    expected: dict[str, Any] = small.extra[0]
+    temporaries = small.temporary_bytes + small.output_bytes - small.alias_bytes
+    granted = pool_bytes(
+        FakeDevice(limit, expected["params"]),
+        memory_fraction=0.9,
+        temporaries=temporaries + expected["shape"],
+        least=0,
+        wanted=limit,
+    )
+    num_blocks = granted // (expected["pool"] // 64)
+    compiled = check_compiled(chip, {**options, **bucket, "num_blocks": num_blocks})
+    total = compiled.argument_bytes + compiled.output_bytes - compiled.alias_bytes
+    assert compiled.temporary_bytes == pytest.approx(small.temporary_bytes, abs=PADDING)
+    # Weights are on the device before, padding included; here they are counted without.
+    padding = small.argument_bytes - expected["params"] - small.alias_bytes
+    assert total + compiled.temporary_bytes <= 0.9 * limit + padding + expected["state"]
+
+
+@dataclasses.dataclass
+class FakeDevice:
+    """A device with the weights on it."""
+
+    limit: int
+    in_use: int
+    platform: str = "tpu"
+
+    def memory_stats(self) -> dict[str, int]:
+        return {"bytes_limit": self.limit, "bytes_in_use": self.in_use}
+
+
+def check_compiled(chip: str, options: dict[str, Any]) -> Compiled:
+    """Compiles; checks the pool's place, the kernels, and that memory is what is expected."""
+    compiled = compile_for_tpu(TARGET, chip=chip, options=options, timeout=900)
+    expected: dict[str, Any] = compiled.extra[0]
+    donated = expected["pool"] + expected["state"] + expected["shape"]
+    assert donated <= compiled.alias_bytes < donated + PADDING, "what is donated stays in place"
+    arguments = donated + expected["params"]
+    assert arguments <= compiled.argument_bytes < 1.01 * arguments + PADDING
+    assert compiled.output_bytes - compiled.alias_bytes < PADDING
+    assert compiled.temporary_bytes < expected["slab"]
+    pool = rf"\w+\[{','.join(map(str, expected['pool_shape']))}\]\S*"
+    assert re.search(rf" = {pool} parameter\(", compiled.hlo)
+    assert not re.search(rf" = \(?{pool} (copy|copy-start|transpose|convert)\b", compiled.hlo)
+    kernels = KERNELS[options["phase"]]
+    for kernel in kernels:
+        calls = re.findall(rf"%{kernel}[\w.]* = .*tpu_custom_call", compiled.hlo)
+        assert len(calls) == options["num_layers"], kernel
+    assert compiled.hlo.count('"tpu_custom_call"') == len(kernels) * options["num_layers"]
+    return compiled
+
+
+def build_step(
+    *,
+    model: str,
+    phase: str,
+    num_tokens: int,
+    num_rows: int,
+    num_layers: int,
+    num_blocks: int | None = None,
+    program: str = "plain",
+) -> tuple[Any, Any, dict[str, Any]]:
+    """A step of a network without weights, and bytes that `jpaged.memory` expects."""
+    shape, num_slab_blocks = MODELS[model]
+    config = tiny_config(**shape, num_layers=num_layers, layer_windows=(None,) * num_layers)
+    decoder = abstract_decoder(config, dtype=jnp.bfloat16)
+    limits = EngineConfig(
+        block_size=16,
+        num_blocks=num_blocks or num_slab_blocks,
+        max_num_seqs=64,
+        max_num_batched_tokens=256,
+        max_model_len=2048,
+    )
+    step = Step(decoder, limits, pool_dtype=jnp.bfloat16, backend=Backend.PALLAS_TPU)
+    bucket = Bucket(Phase(phase), num_tokens, num_rows)
+    function, specs = step.define(PlainStep(bucket) if program == "plain" else ShapedStep(bucket))
+    params, (slab, *_), state, *rest = specs
+    pool = limits.num_blocks * block_bytes(config, block_size=16, dtype=jnp.bfloat16)
+    expected = {"params": num_bytes(params), "state": num_bytes(state), "pool": pool}
+    expected["shape"] = num_bytes(rest[:-1])  # what bends the logits
+    return function, specs, expected | {"slab": num_bytes(slab), "pool_shape": slab.shape}
+
+
+def num_bytes(specs: Any) -> int:
+    return sum(spec.size * spec.dtype.itemsize for spec in jax.tree.leaves(specs))
