@@ -70,7 +70,7 @@ def _options() -> argparse.Namespace:
     add = parser.add_argument
     add("--chips", nargs="+", choices=CHIPS, default=list(CHIPS))
     add("--probes", nargs="+", choices=PROBES, default=list(PROBES))
-    add("--heads", nargs="+", type=_heads, default=list(HEADS), metavar="N/K/H")
+    add("--heads", nargs="+", type=parse_heads, default=list(HEADS), metavar="N/K/H")
     add("--contexts", nargs="+", type=int, help="of those that a probe has")
     add("--timeout", type=int, default=300, help="seconds for one compilation")
     add("--resume", action="store_true", help="leave out the rows that the results file has")
@@ -81,7 +81,8 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _heads(text: str) -> tuple[int, ...]:
+def parse_heads(text: str) -> tuple[int, ...]:
+    """Query heads, KV heads and head size from N/K/H."""
     heads = tuple(map(int, text.split("/")))
     if len(heads) != 3:
         raise argparse.ArgumentTypeError(f"expected query heads/KV heads/head size, got {text}")

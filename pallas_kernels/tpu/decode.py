@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int32, Real
 from pallas_kernels.tpu.cores import num_cores
 from pallas_kernels.tpu.ring import Ring, Walk
 from pallas_kernels.tpu.softmax import LANES, Head, Softmax, absorb, head_lanes
+from pallas_kernels.tpu.tiles import tuned_tile
 
 SUBLANES = 8  # queries of a head are padded to whole registers
 MAX_TILE_BYTES = 2 << 20  # a ring of them, queries and results fit the 16 MiB of a v5e program
@@ -79,7 +80,7 @@ def paged_decode(
         sinks,
         kv_scales,
         compute_dtype=compute_dtype(q, pool),
-        tile=tile or default_tile(pool, block_tables.shape[1], G),
+        tile=tile or choose_tile(q, pool, block_tables.shape[1]),
         scale=scale,
         window=window,
         soft_cap=soft_cap,
@@ -106,6 +107,24 @@ def compute_dtype(q: Float[Array, "..."], pool: Real[Array, "..."]) -> jnp.dtype
     return jnp.dtype(jnp.bfloat16 if q.dtype == jnp.bfloat16 else jnp.float32)
 
 
+def choose_tile(
+    q: Float[Array, "B N H"], pool: Real[Array, "P K S W"], max_blocks: int
+) -> DecodeTile:
+    """The table's tile, cut to the block tables, or the default."""
+    _, N, H = q.shape
+    _, K, S, _ = pool.shape
+    fields = tuned_tile("decode", heads=(N, K, H), pool=pool)
+    if fields is None:
+        return default_tile(pool, max_blocks, N // K)
+    tile = DecodeTile(**fields)
+    return dataclasses.replace(tile, blocks=min(tile.blocks, longest_tile(S, max_blocks)))
+
+
+def longest_tile(block_size: int, max_blocks: int) -> int:
+    """Blocks of a tile that holds a whole context: a power of two, in whole registers."""
+    return pl.next_power_of_2(max(max_blocks, LANES // block_size))
+
+
 def default_tile(pool: Real[Array, "P K S W"], max_blocks: int, group: int) -> DecodeTile:
     """As many tokens as the ring and the registers hold, a power of two of blocks.
 
@@ -116,7 +135,7 @@ def default_tile(pool: Real[Array, "P K S W"], max_blocks: int, group: int) -> D
     # A quantised tile is there once more in what it is multiplied in.
     block_bytes = K * S * pl.cdiv(W, LANES) * LANES * max(pool.dtype.itemsize, 2)
     blocks = min(MAX_TILE_BYTES // block_bytes, MAX_LOGITS // (_padded(group) * S * min(K, 3)))
-    blocks = min(max(1, blocks), pl.next_power_of_2(max(max_blocks, LANES // S)))
+    blocks = min(max(1, blocks), longest_tile(S, max_blocks))
     return DecodeTile(blocks=1 << (blocks.bit_length() - 1))
 
 

@@ -17,9 +17,10 @@ from jaxtyping import Array, Float, Int32, Real
 
 from pallas_kernels.layout import PagedBatch
 from pallas_kernels.tpu.cores import num_cores
-from pallas_kernels.tpu.decode import check, compute_dtype
+from pallas_kernels.tpu.decode import check, compute_dtype, longest_tile
 from pallas_kernels.tpu.ring import Ring, Walk
 from pallas_kernels.tpu.softmax import LANES, Head, Softmax, absorb, head_lanes
+from pallas_kernels.tpu.tiles import tuned_tile
 
 # Of the KV heads that are computed on at once. Four times what the registers hold: one head's steps
 # wait for each other more than what is put aside costs (benchmarks.tpu_static).
@@ -73,7 +74,7 @@ def paged_prefill(
     T, _, H = q.shape
     W = pool.shape[3]
     check(pool)
-    tile = tile or default_tile(q, pool)
+    tile = tile or choose_tile(q, pool, batch.block_tables.shape[1])
     q_NTW = jnp.pad(
         q.transpose(1, 0, 2).astype(compute_dtype(q, pool)),
         [(0, 0), (0, -T % tile.tokens), (0, head_lanes(W) - H)],
@@ -96,6 +97,23 @@ def paged_prefill(
     )
     out = out_NTV[:, :T, -H:].transpose(1, 0, 2).astype(q.dtype)
     return _with_decoded(out, batch, decoded)
+
+
+def choose_tile(
+    q: Float[Array, "T N H"], pool: Real[Array, "P K S W"], max_blocks: int
+) -> RaggedTile:
+    """The table's tile, cut to the tokens and the block tables, or the default."""
+    T, N, H = q.shape
+    _, K, S, _ = pool.shape
+    fields = tuned_tile("prefill", heads=(N, K, H), pool=pool)
+    if fields is None or q.dtype.itemsize > 2:  # the table's fit VMEM with 16-bit queries
+        return default_tile(q, pool)
+    tile = RaggedTile(**fields)
+    return dataclasses.replace(
+        tile,
+        tokens=min(tile.tokens, pl.cdiv(T, MIN_TOKENS) * MIN_TOKENS),
+        blocks=min(tile.blocks, longest_tile(S, max_blocks)),
+    )
 
 
 def default_tile(q: Float[Array, "T N H"], pool: Real[Array, "P K S W"]) -> RaggedTile:

@@ -1,0 +1,138 @@
+"""Which tiles are tried for a kernel, and which of them is taken."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+
+from pallas_kernels.tpu.decode import MAX_TILE_BYTES
+from pallas_kernels.tpu.softmax import LANES
+from pallas_kernels.tpu.tiles import entry_name
+
+KERNELS = ("decode", "prefill")
+DECODE_TOKENS = (256, 512, 1024, 2048, 4096)  # of a tile of keys and values
+PREFILL_TOKENS = (256, 512)
+QUERIES = (32, 64, 128)  # tokens of a query tile
+RINGS = (2, 4)  # tried of the best decode tile; all others have USUAL_RING
+USUAL_RING = 3
+EQUAL = 1.01  # times that are no further apart are the same
+CLOSE = 1.03  # a win of less is not worth spills
+FEW_SPILLS = 64
+
+Tile = dict[str, int]  # fields of the kernel's tile
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What an entry of the table is for."""
+
+    kernel: str
+    chip: str
+    heads: tuple[int, int, int]
+    dtype: str
+    block_size: int
+
+    @property
+    def name(self) -> str:
+        """Its key in the table."""
+        return entry_name(
+            self.kernel,
+            chip=self.chip,
+            heads=self.heads,
+            dtype=self.dtype,
+            block_size=self.block_size,
+        )
+
+    @property
+    def token_bytes(self) -> int:
+        """What a token of a KV tile takes in VMEM, in what it is multiplied in."""
+        _, K, H = self.heads
+        return K * -(-2 * H // LANES) * LANES * max(jnp.dtype(self.dtype).itemsize, 2)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tried:
+    """A tile that compiled, and its figures."""
+
+    tile: Tile
+    time: float  # cycles or microseconds, of the same work whatever the tile
+    spills: int = 0  # registers stored for want of room, and loaded again
+    fills: int = 0
+
+
+def search(
+    shape: Shape, measure: Callable[[Tile], Tried | None], fits: Callable[[Tile], bool]
+) -> Tried | None:
+    """The best tile whose whole kernel fits, or None where no tile does.
+
+    Rings are tried at the best size, not at all. `measure` gives None for a tile that does not
+    compile.
+    """
+    tried = [found for found in map(measure, _first(shape)) if found]
+    if tried:
+        second = _second(shape, choose(shape, tried).tile)
+        tried += [found for found in map(measure, second) if found]
+    while tried:
+        best = choose(shape, tried)
+        if fits(best.tile):
+            return best
+        tried.remove(best)
+    return None
+
+
+def choose(shape: Shape, tried: Sequence[Tried]) -> Tried:
+    """The fastest; among equals the smallest, since a short context pays for a whole tile.
+
+    Of equal rings the usual one: the estimator lets each copy have the whole bandwidth, so to it
+    a short ring seems better than it is.
+    """
+
+    def spilled(found: Tried) -> int:
+        return found.spills + found.fills
+
+    fastest = min(found.time for found in tried)
+    close = [found for found in tried if found.time <= fastest * CLOSE]
+    # Less than CLOSE faster but with more than twice the spills loses.
+    most = 2 * min(map(spilled, close)) + FEW_SPILLS
+    calm = [found for found in close if spilled(found) <= most]
+    fastest = min(found.time for found in calm)
+    equal = [found for found in calm if found.time <= fastest * EQUAL]
+    return min(
+        equal,
+        key=lambda found: (
+            tile_bytes(shape, found.tile),
+            abs(found.tile["ring"] - USUAL_RING),
+            found.time,
+        ),
+    )
+
+
+def tile_bytes(shape: Shape, tile: Tile) -> int:
+    """Of a KV tile, and of the query tile if there is one."""
+    N, K, _ = shape.heads
+    query_bytes = tile.get("tokens", 0) * N * shape.token_bytes // (2 * K)
+    return tile["blocks"] * shape.block_size * shape.token_bytes + query_bytes
+
+
+def _first(shape: Shape) -> list[Tile]:
+    """Sizes of a decode tile; all pairs of a query and a KV tile: the best of one hangs on the other."""
+    if shape.kernel == "decode":
+        sizes = [C for C in DECODE_TOKENS if C * shape.token_bytes <= MAX_TILE_BYTES]
+        blocks = sorted({max(1, C // shape.block_size) for C in sizes or DECODE_TOKENS[:1]})
+        return [{"blocks": count, "ring": USUAL_RING} for count in blocks]
+    blocks = sorted({max(1, C // shape.block_size) for C in PREFILL_TOKENS})
+    return [
+        {"tokens": tokens, "blocks": count, "ring": USUAL_RING}
+        for tokens, count in itertools.product(QUERIES, blocks)
+    ]
+
+
+def _second(shape: Shape, best: Tile) -> list[Tile]:
+    """Other rings for a decode tile, and more of half its size."""
+    if shape.kernel != "decode":
+        return []
+    rings = [{**best, "ring": ring} for ring in RINGS]
+    halved = best["blocks"] // 2
+    is_tried = halved * shape.block_size >= DECODE_TOKENS[0]
+    return [*rings, {"blocks": halved, "ring": max(RINGS)}] if is_tried else rings

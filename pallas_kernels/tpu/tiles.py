@@ -1,0 +1,56 @@
+"""Tiles that were tuned, from the table beside this file: `python -m benchmarks.tune_tpu` fills it.
+
+What has no entry is cut by a formula, `default_tile` of each kernel.
+"""
+
+import functools
+import importlib.resources
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Real
+
+TABLE = "tiles.json"
+
+
+def tuned_tile(
+    kernel: str, *, heads: tuple[int, int, int], pool: Real[Array, "P K S W"]
+) -> dict[str, int] | None:
+    """The fields of the table's tile for the chip compiled for, or None; cut them to the arrays.
+
+    Shapes alone decide, never a batch's lengths: what else is computed must not change a row's
+    bits.
+    """
+    chip = target_chip()
+    if chip is None:
+        return None
+    name = entry_name(
+        kernel, chip=chip, heads=heads, dtype=pool.dtype.name, block_size=pool.shape[2]
+    )
+    entry = read_table().get(name)
+    return None if entry is None else dict(entry["tile"])
+
+
+def target_chip() -> str | None:
+    """The TPU that is compiled for, there or not; None where it is anything else, or unknown."""
+    try:
+        version = str(pltpu.get_tpu_info().chip_version)
+    except ValueError:  # how it says that the device is no TPU that it knows
+        return None
+    return "tpu7x" if version == "7x" else version
+
+
+def entry_name(
+    kernel: str, *, chip: str, heads: tuple[int, int, int], dtype: str, block_size: int
+) -> str:
+    """The key of an entry: kernel, chip, query heads/KV heads/head size, pool and block size."""
+    return f"{kernel} {chip} {'/'.join(map(str, heads))} {dtype} {block_size}"
+
+
+@functools.cache
+def read_table() -> Mapping[str, Mapping[str, Any]]:
+    """Every entry: its tile, and where the choice came from."""
+    folder = importlib.resources.files("pallas_kernels.tpu")
+    return json.loads(folder.joinpath(TABLE).read_text())
