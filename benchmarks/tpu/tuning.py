@@ -116,7 +116,7 @@ def tile_bytes(shape: Shape, tile: Tile) -> int:
 
 
 def _first(shape: Shape) -> list[Tile]:
-    """Sizes of a decode tile; all pairs of a query and a KV tile: the best of one hangs on the other."""
+    """Sizes of a decode tile; for prompts all pairs, as the best of one hangs on the other."""
     if shape.kernel == "decode":
         sizes = [C for C in DECODE_TOKENS if C * shape.token_bytes <= MAX_TILE_BYTES]
         blocks = sorted({max(1, C // shape.block_size) for C in sizes or DECODE_TOKENS[:1]})
