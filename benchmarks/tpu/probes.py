@@ -33,21 +33,22 @@ def decode(
 ) -> Probe:
     """`paged_decode` of so many rows a core, of `context` tokens, by default with its own tile.
 
-    Contexts must be whole tiles; `fitting` is one that the default tile is chosen to fit. The work
-    is one core's.
+    Contexts must be whole tiles; `fitting` is one that its own tile is chosen to fit. The work is
+    one core's.
     """
     N, K, H = heads
     all_rows = rows * num_cores(interpret=False)
     pool = _pool(heads, block_size, dtype)
+    q: Any = jax.ShapeDtypeStruct((all_rows, N, H), jnp.bfloat16)
     if tile_blocks is None:
-        tile = decode_kernel.default_tile(pool, (fitting or context) // block_size, N // K)
+        tile = decode_kernel.choose_tile(q, pool, (fitting or context) // block_size)
     else:
         tile = decode_kernel.DecodeTile(blocks=tile_blocks, ring=ring)
     call = functools.partial(
         decode_kernel.paged_decode, scale=H**-0.5, tile=tile, static_len=context
     )
     arguments = (
-        jax.ShapeDtypeStruct((all_rows, N, H), jnp.bfloat16),
+        q,
         pool,
         jax.ShapeDtypeStruct((all_rows, context // block_size), jnp.int32),
         jax.ShapeDtypeStruct((all_rows,), jnp.int32),
@@ -82,12 +83,11 @@ def prefill(
     multiply: the probe has the heads of one turn, and `work.turns` says how many there are. The
     work is one core's, where cores share the heads.
     """
-    del fitting
     N, K, H = heads
     G = N // K
     pool = _pool(heads, block_size, dtype)
     q: Any = jax.ShapeDtypeStruct((queries, N, H), jnp.bfloat16)
-    tile = ragged_kernel.default_tile(q, pool)
+    tile = ragged_kernel.choose_tile(q, pool, (fitting or context) // block_size)
     if tile_tokens is not None and tile_blocks is not None:
         tile = ragged_kernel.RaggedTile(tokens=tile_tokens, blocks=tile_blocks, ring=ring)
     cores = ragged_kernel.cores_of_heads(K, interpret=False)
