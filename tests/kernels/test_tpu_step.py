@@ -12,7 +12,7 @@ from benchmarks.tpu.topology import TOPOLOGIES, Compiled, compile_for_tpu, missi
 from jpaged.buckets import Bucket
 from jpaged.config import EngineConfig
 from jpaged.memory import block_bytes, pool_bytes
-from jpaged.programs import PlainStep, ShapedStep
+from jpaged.programs import PlainStep
 from jpaged.step import Step
 from jpaged_models import Phase, abstract_decoder
 from pallas_kernels import Backend
@@ -31,6 +31,7 @@ LLAMA3_8B: dict[str, Any] = {
 # temporary is as large says something.
 MODELS = {"smollm2": (SMOLLM2, 32768), "llama3-8b": (LLAMA3_8B, 8192)}
 HBM_GIB = {"v5e": 15.75, "v6e": 31.25}
+VMEM_BYTES = 128 << 20  # temporaries stay in it or not, by a choice of XLA's that the pool changes
 PADDING = 1 << 20  # of small arrays, to whole registers
 TARGET = f"{__name__}:build_step"
 KERNELS = {"decode": ["write_kv", "paged_decode"]}
@@ -67,8 +68,8 @@ def test_full_buckets_compile_for_every_chip(chip: str, model: str, phase: str):
 def test_all_layers_fit_beside_the_pool_that_memory_fraction_grants(
     chip: str, model: str, num_layers: int
 ):
-    options = {"model": model, "num_layers": num_layers, "phase": "mixed", "program": "shaped"}
-    bucket = {"num_tokens": 256, "num_rows": 64}
+    options = {"model": model, "num_layers": num_layers}
+    bucket = {"phase": "mixed", "num_tokens": 256, "num_rows": 64}
     limit = int(HBM_GIB[chip] * 2**30)
     small = compile_for_tpu(
         TARGET, chip=chip, options={**options, **bucket, "num_blocks": 64}, timeout=900
@@ -78,17 +79,17 @@ def test_all_layers_fit_beside_the_pool_that_memory_fraction_grants(
     granted = pool_bytes(
         FakeDevice(limit, expected["params"]),
         memory_fraction=0.9,
-        temporaries=temporaries + expected["shape"],
+        temporaries=temporaries,
         least=0,
         wanted=limit,
     )
     num_blocks = granted // (expected["pool"] // 64)
     compiled = check_compiled(chip, {**options, **bucket, "num_blocks": num_blocks})
     total = compiled.argument_bytes + compiled.output_bytes - compiled.alias_bytes
-    assert compiled.temporary_bytes == pytest.approx(small.temporary_bytes, abs=PADDING)
+    total += compiled.temporary_bytes
     # Weights are on the device before, padding included; here they are counted without.
     padding = small.argument_bytes - expected["params"] - small.alias_bytes
-    assert total + compiled.temporary_bytes <= 0.9 * limit + padding + expected["state"]
+    assert total <= 0.9 * limit + padding + expected["state"] + VMEM_BYTES
 
 
 @dataclasses.dataclass
@@ -107,7 +108,7 @@ def check_compiled(chip: str, options: dict[str, Any]) -> Compiled:
     """Compiles; checks the pool's place, the kernels, and that memory is what is expected."""
     compiled = compile_for_tpu(TARGET, chip=chip, options=options, timeout=900)
     expected: dict[str, Any] = compiled.extra[0]
-    donated = expected["pool"] + expected["state"] + expected["shape"]
+    donated = expected["pool"] + expected["state"]
     assert donated <= compiled.alias_bytes < donated + PADDING, "what is donated stays in place"
     arguments = donated + expected["params"]
     assert arguments <= compiled.argument_bytes < 1.01 * arguments + PADDING
@@ -132,7 +133,6 @@ def build_step(
     num_rows: int,
     num_layers: int,
     num_blocks: int | None = None,
-    program: str = "plain",
 ) -> tuple[Any, Any, dict[str, Any]]:
     """A step of a network without weights, and bytes that `jpaged.memory` expects."""
     shape, num_slab_blocks = MODELS[model]
@@ -147,11 +147,10 @@ def build_step(
     )
     step = Step(decoder, limits, pool_dtype=jnp.bfloat16, backend=Backend.PALLAS_TPU)
     bucket = Bucket(Phase(phase), num_tokens, num_rows)
-    function, specs = step.define(PlainStep(bucket) if program == "plain" else ShapedStep(bucket))
-    params, (slab, *_), state, *rest = specs
+    function, specs = step.define(PlainStep(bucket))
+    params, (slab, *_), state, _ = specs
     pool = limits.num_blocks * block_bytes(config, block_size=16, dtype=jnp.bfloat16)
     expected = {"params": num_bytes(params), "state": num_bytes(state), "pool": pool}
-    expected["shape"] = num_bytes(rest[:-1])  # what bends the logits
     return function, specs, expected | {"slab": num_bytes(slab), "pool_shape": slab.shape}
 
 
