@@ -70,9 +70,8 @@ def failure_reason(stderr: str, exit_status: int) -> str:
         places = re.findall(r'^  File ".*", line \d+, in (\S+)', stderr, re.MULTILINE)
         silent = ":" not in raised[-1] and places
         reason = f"{raised[-1]} in {places[-1]}" if silent else raised[-1]
-    return re.sub(r"(?<!\w)/(?:[\w.+-]+/)+", "", reason)[
-        :300
-    ]  # without the folders of this machine
+    without_folders = re.sub(r"(?<!\w)/(?:[\w.+-]+/)+", "", reason)  # of this machine
+    return without_folders[:300]
 
 
 # Returns a function, jitted or not, its abstract arguments, and any more that are JSON.

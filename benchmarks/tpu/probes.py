@@ -15,6 +15,7 @@ from pallas_kernels import pool_shape
 from pallas_kernels.tpu import decode as decode_kernel
 from pallas_kernels.tpu import ragged as ragged_kernel
 from pallas_kernels.tpu.cores import num_cores
+from pallas_kernels.tpu.softmax import head_lanes
 
 NUM_BLOCKS = 4096  # of the pool: how many hardly matters
 ROWS = 2  # so that what a row fetches for the next one counts; more make the estimator slow
@@ -105,11 +106,10 @@ def prefill(
         static_context=context,
         interpret=False,
     )
-    lanes = H if H % 128 == 0 else 2 * H
     arguments = (
         jax.ShapeDtypeStruct((2, 5), jnp.int32),
         jax.ShapeDtypeStruct((2, 1, context // block_size), jnp.int32),
-        jax.ShapeDtypeStruct((cores * turn * G, tile.tokens, lanes), jnp.bfloat16),
+        jax.ShapeDtypeStruct((cores * turn * G, tile.tokens, head_lanes(2 * H)), jnp.bfloat16),
         pool,
     )
     function, operands = kernel_alone(

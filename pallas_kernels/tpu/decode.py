@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32, Real
 
 from pallas_kernels.tpu.cores import num_cores
-from pallas_kernels.tpu.ring import Ring, Walk
+from pallas_kernels.tpu.ring import Ring, Walk, clear_unseen
 from pallas_kernels.tpu.softmax import LANES, Head, Softmax, absorb, head_lanes
 from pallas_kernels.tpu.tiles import tuned_tile
 
@@ -264,19 +264,11 @@ def _decode_kernel(
     this, following = walk(place, table_ref), walk(place + 1, next_table_ref)
 
     def absorb_tile(tile, tile_ref) -> None:
-        def visible(shape, axis):
-            positions = tile * C + jax.lax.broadcasted_iota(jnp.int32, shape, axis)
-            return (positions >= this.start) & (positions < this.end)
-
         def absorb_slots(slots_ref) -> None:
             size = slots_ref.shape[1]
-
-            @pl.when((tile * C < this.start) | (tile * C + size > this.end))
-            def _clear_unseen():  # unused slots may hold NaN, and zero times NaN is NaN
-                kv = slots_ref[...]
-                slots_ref[...] = jnp.where(visible(kv.shape, 1), kv, jnp.zeros_like(kv))
-
-            seen_QC = visible((Q, size), 1)
+            clear_unseen(slots_ref, tile * C, this)
+            positions_QC = tile * C + jax.lax.broadcasted_iota(jnp.int32, (Q, size), 1)
+            seen_QC = (positions_QC >= this.start) & (positions_QC < this.end)
             for group in _groups(K, Q * size):
                 heads = [
                     Head(

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int32, Real
 from pallas_kernels.layout import PagedBatch
 from pallas_kernels.tpu.cores import num_cores
 from pallas_kernels.tpu.decode import check, compute_dtype, longest_tile
-from pallas_kernels.tpu.ring import Ring, Walk
+from pallas_kernels.tpu.ring import Ring, Walk, clear_unseen
 from pallas_kernels.tpu.softmax import LANES, Head, Softmax, absorb, head_lanes
 from pallas_kernels.tpu.tiles import tuned_tile
 
@@ -294,15 +294,8 @@ def _ragged_kernel(
     this, following = walk(visit, table_ref), walk(visit + 1, next_table_ref)
 
     def absorb_tile(kv_tile, kv_tile_ref) -> None:
-        first, end = kv_tile * C, (kv_tile + 1) * C
-
-        @pl.when((first < this.start) | (end > this.end))
-        def _clear_unseen():  # unused slots may hold NaN, and zero times NaN is NaN
-            kv = kv_tile_ref[...]
-            positions = first + jax.lax.broadcasted_iota(jnp.int32, kv.shape, 1)
-            seen = (positions >= this.start) & (positions < this.end)
-            kv_tile_ref[...] = jnp.where(seen, kv, jnp.zeros_like(kv))
-
+        first = kv_tile * C
+        clear_unseen(kv_tile_ref, first, this)
         queries_QC = tile * Q - zero + jax.lax.broadcasted_iota(jnp.int32, (Q, C), 0)
         keys_QC = first + jax.lax.broadcasted_iota(jnp.int32, (Q, C), 1)
         visible_QC = keys_QC <= queries_QC

@@ -141,3 +141,19 @@ class Ring:
         first = pl.multiple_of(place * S, S)
         size = S if isinstance(num_blocks, int) else pl.multiple_of(num_blocks * S, S)
         return self.buffers.at[buffer, :, pl.ds(first, size), :]
+
+
+def clear_unseen(
+    slots: Ref,  # [K, C, W], of the tokens from `first` on
+    first: Scalar,
+    walk: Walk,
+) -> None:
+    """Zeroes what the walk does not see: it may hold NaN, and zero times NaN is NaN."""
+    end = first + slots.shape[1]
+
+    @pl.when((first < walk.start) | (end > walk.end))
+    def _clear():
+        kv = slots[...]
+        positions = first + jax.lax.broadcasted_iota(jnp.int32, kv.shape, 1)
+        seen = (positions >= walk.start) & (positions < walk.end)
+        slots[...] = jnp.where(seen, kv, jnp.zeros_like(kv))
