@@ -50,7 +50,7 @@ def build_engine(options: Options) -> BuiltEngine:
         weights_dtype = _dtype(options.dtype, checkpoint, device)
         # A bfloat16 scatter on a CPU converts the whole pool (JAX 0.10), so it stays float32.
         pool_dtype = jnp.float32 if device.platform == "cpu" else weights_dtype
-        size = block_bytes(config, block_size=limits.block_size, dtype=pool_dtype)
+        size = block_bytes(config, block_size=limits.block_size, dtype=pool_dtype, backend=backend)
         num_swap_blocks = swap_blocks(options.swap_space, size=size)
         limits = dataclasses.replace(limits, num_swap_blocks=num_swap_blocks)
         if options.num_blocks is not None:
@@ -97,7 +97,12 @@ def _with_pool(
     """The step's limits with as many blocks as memory allows, and no more than could be used."""
     limits = step.config
     temporaries = _temporaries(step, buckets) if device.memory_stats() else 0
-    size = block_bytes(step.model, block_size=limits.block_size, dtype=step.pool_dtype)
+    size = block_bytes(
+        step.model,
+        block_size=limits.block_size,
+        dtype=step.pool_dtype,
+        backend=step.backend,
+    )
     wanted = limits.max_num_seqs * limits.max_blocks_per_seq + 1
     granted = pool_bytes(
         device,

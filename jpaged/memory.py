@@ -3,11 +3,11 @@
 import os
 import pathlib
 
-import jax.numpy as jnp
 from jaxtyping import DTypeLike
 
 from jpaged.devices import Device
 from jpaged_models import ModelConfig
+from pallas_kernels import Backend, row_bytes
 
 MAX_CPU_POOL_BYTES = 2 * 2**30
 CPU_SHARE = 4  # a quarter of what this process may use
@@ -25,10 +25,10 @@ _CGROUP_FILES = (  # limit, usage, its details, and there the page cache that go
 )
 
 
-def block_bytes(model: ModelConfig, *, block_size: int, dtype: DTypeLike) -> int:
-    """Bytes of one block in all layers."""
-    lanes = 2 * model.head_size * jnp.dtype(dtype).itemsize
-    return model.num_layers * model.num_kv_heads * block_size * lanes
+def block_bytes(model: ModelConfig, *, block_size: int, dtype: DTypeLike, backend: Backend) -> int:
+    """Bytes of one block in all layers, where the backend's device keeps it."""
+    row = row_bytes(model.head_size, dtype, backend)
+    return model.num_layers * model.num_kv_heads * block_size * row
 
 
 def pool_bytes(

@@ -42,6 +42,7 @@ from pallas_kernels import (
     Backend,
     PagedBatch,
     copy_blocks,
+    pool_format,
     pool_shape,
     positions_of_tokens,
     read_blocks,
@@ -105,35 +106,44 @@ class Step:
         What comes back anew is donated; only parameters and what the host sends are kept.
         """
         pools, state, shape = jax.eval_shape(lambda: (*self.zeros(), self.zero_shape()))
+        layout = pool_format(self.backend)
         function: Callable[..., Any]
-        kept, donated, sent = [], [], []
+        kept, donated, sent, formats = [], [], [], None
         match program:
             case Zeros():
-                function = self.zeros
+                function, formats = self.zeros, (layout, None)
             case ZeroShape():
                 function = self.zero_shape
             case PlainStep(bucket, outputs):
                 function = functools.partial(self._step, bucket=bucket, outputs=outputs)
                 kept, donated = [self.param_specs], [pools, state]
                 sent = [packed_spec(self._batch_spec(bucket))]
+                formats = (layout, None, None)
             case ShapedStep(bucket, outputs):
                 function = functools.partial(self._shaped_step, bucket=bucket, outputs=outputs)
                 kept, donated = [self.param_specs], [pools, state, shape]
                 sent = [packed_spec(self._shaped_batch_spec(bucket))]
+                formats = (layout, None, None, None)
             case Prepare():
                 function, donated = self._prepare, [pools, state]
                 sent = [packed_spec(preparation_spec(self.config.max_num_seqs))]
+                formats = (layout, None)
             case StartShape():
                 function, donated = _start_shape, [shape]
                 sent = [packed_spec(shape_start_spec())]
             case ReadBlocks():
                 function, kept, sent = read_blocks, [pools], [_MOVED_IDS]
             case WriteBlocks():
-                function, donated = write_blocks, [pools]
+                function, donated, formats = write_blocks, [pools], layout
                 sent = [_MOVED_IDS, jax.eval_shape(read_blocks, pools, _MOVED_IDS)]
-        donate_argnums = range(len(kept), len(kept) + len(donated))
-        jitted = jax.jit(function, donate_argnums=tuple(donate_argnums))
-        return jitted, (*kept, *donated, *sent)
+        arguments = (*kept, *donated, *sent)
+        jitted = jax.jit(
+            function,
+            donate_argnums=tuple(range(len(kept), len(kept) + len(donated))),
+            in_shardings=tuple(layout if spec is pools else None for spec in arguments),
+            out_shardings=formats,
+        )
+        return jitted, arguments
 
     def lower(self, program: Program) -> jax.stages.Lowered:
         """The program, ready to be compiled."""

@@ -18,6 +18,7 @@ from pallas_kernels.layout import (
     slots_of_tokens,
 )
 from pallas_kernels.quantize import kv_scales_of
+from pallas_kernels.storage import pool_format, row_bytes
 from pallas_kernels.xla import read_blocks, write_blocks
 
 __all__ = [
@@ -30,9 +31,11 @@ __all__ = [
     "kv_scales_of",
     "paged_attention",
     "paged_decode",
+    "pool_format",
     "pool_shape",
     "positions_of_tokens",
     "read_blocks",
+    "row_bytes",
     "rows_of_tokens",
     "slots_of_tokens",
     "write_blocks",

@@ -179,7 +179,8 @@ def _against_floor(result: dict, case: Case, settings: Settings) -> dict:
     num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in weights)
     if not config.tie_word_embeddings:  # of the embedding only the tokens' rows are read
         num_bytes -= config.vocab_size * config.hidden_size * jnp.dtype(DTYPE).itemsize
-    num_bytes += case.rows * case.context * block_bytes(config, block_size=1, dtype=DTYPE)
+    token_bytes = block_bytes(config, block_size=1, dtype=DTYPE, backend=Backend.PALLAS_GPU)
+    num_bytes += case.rows * case.context * token_bytes
     found = {"read_bytes": num_bytes}
     if settings.read_gbps is not None:
         floor_ms = num_bytes / settings.read_gbps / 1e6

@@ -1,6 +1,7 @@
 """Pool sizing without a flag, and the word about a device that JAX passed over."""
 
 import dataclasses
+import functools
 import os
 from typing import Any
 
@@ -192,7 +193,9 @@ def test_cgroup_limit_counts_where_it_is_lower(
 
 def test_block_bytes_are_those_of_the_pool(small_config: ModelConfig):
     # 3 layers, 2 KV heads, blocks of 8, K and V of 16 lanes, 2 bytes each
-    assert memory.block_bytes(small_config, block_size=8, dtype="bfloat16") == 3 * 2 * 8 * 32 * 2
+    size = functools.partial(memory.block_bytes, small_config, block_size=8, dtype="bfloat16")
+    assert size(backend=Backend.XLA) == 3 * 2 * 8 * 32 * 2
+    assert size(backend=Backend.PALLAS_TPU) == 3 * 2 * 8 * 128 * 2, "a row is a whole register"
 
 
 def test_plugin_that_does_not_fit_is_an_error_and_not_a_silent_cpu(tmp_path, monkeypatch):

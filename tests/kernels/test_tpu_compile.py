@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental.layout import Format, Layout
 
 from benchmarks.tpu.topology import TOPOLOGIES, compile_for_tpu, missing_libtpu
 from pallas_kernels import Backend, PagedBatch, paged_attention, pool_shape, write_kv
@@ -57,26 +56,6 @@ def test_what_does_not_compile_says_so():
         compile_for_tpu(f"{__name__}:build_refused")
 
 
-@pytest.mark.parametrize(("heads", "padding"), [((5, 5, 80), 256 / 160)], ids=str)
-def test_rows_that_leave_lanes_empty_are_copied_unless_their_layout_is_pinned(
-    heads: tuple[int, int, int], padding: float
-):
-    """XLA's own choice for such a pool pads nothing, and no kernel can read it."""
-    shape = pool_shape(num_blocks=8192, num_kv_heads=heads[1], block_size=16, head_size=heads[2])
-    pool_bytes = 2 * math.prod(shape)
-    as_it_comes, pinned = (
-        compile_for_tpu(
-            f"{__name__}:build_step", options={"heads": heads, "pins_layout": pins_layout}
-        )
-        for pins_layout in (False, True)
-    )
-    assert as_it_comes.alias_bytes == pool_bytes
-    assert as_it_comes.temporary_bytes > padding * pool_bytes
-    assert pinned.alias_bytes == padding * pool_bytes
-    assert pinned.temporary_bytes < pool_bytes // 8
-    check_pool_stays(pinned.hlo, shape)
-
-
 @pytest.mark.kernels
 @pytest.mark.parametrize("chip", TOPOLOGIES)
 @pytest.mark.parametrize("options", [*FEATURES, LONG], ids=str)
@@ -105,7 +84,6 @@ def build_step(
     max_blocks: int = 80,
     num_blocks: int = 8192,
     has_sinks: bool = False,
-    pins_layout: bool = False,
     **options: Any,
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """One layer's use of its donated pool in a mixed step, for `compile_for_tpu`."""
@@ -129,16 +107,7 @@ def build_step(
         attend = functools.partial(paged_attention, scale=0.2, **options, **common)
         return pool, attend(q, pool, batch, sinks=arrays["sinks"])
 
-    layout = None
-    if pins_layout:
-        sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), jax.sharding.PartitionSpec())
-        layout = Format(Layout(major_to_minor=(0, 1, 2, 3)), sharding)
-    jitted = jax.jit(
-        step,
-        donate_argnums=0,
-        in_shardings=(layout, *[None] * 6),
-        out_shardings=(layout, None),
-    )
+    jitted = jax.jit(step, donate_argnums=0)
     return jitted, (pool, q, kv, kv, spec((num_tokens,), jnp.int32), batch, arrays)
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks.tpu.topology import TOPOLOGIES, Compiled, compile_for_tpu, missing_libtpu
+from jpaged import programs
 from jpaged.buckets import Bucket
 from jpaged.config import EngineConfig
 from jpaged.memory import block_bytes, pool_bytes
@@ -27,9 +28,11 @@ LLAMA3_8B: dict[str, Any] = {
     "head_size": 128,
     "max_position_embeddings": 8192,
 }
+# Rows of K and V that fill no registers: on a TPU 160 lanes take the room of 256.
+LANES160 = SMOLLM2 | {"vocab_size": 2048, "num_heads": 5, "num_kv_heads": 5, "head_size": 80}
 # Networks, and as many blocks that a slab is larger than the embedding and than VMEM: that no
 # temporary is as large says something.
-MODELS = {"smollm2": (SMOLLM2, 32768), "llama3-8b": (LLAMA3_8B, 8192)}
+MODELS = {"smollm2": (SMOLLM2, 32768), "llama3-8b": (LLAMA3_8B, 8192), "lanes160": (LANES160, 8192)}
 HBM_GIB = {"v5e": 15.75, "v6e": 31.25}
 VMEM_BYTES = 128 << 20  # temporaries stay in it or not, by a choice of XLA's that the pool changes
 PADDING = 1 << 20  # of small arrays, to whole registers
@@ -50,6 +53,30 @@ pytestmark = pytest.mark.skipif(missing_libtpu() is not None, reason=str(missing
 )
 def test_step_compiles_for_v5e_with_the_pool_in_place(bucket: dict[str, Any]):
     check_compiled("v5e", {"model": "smollm2", "num_layers": 2, **bucket})
+
+
+def test_a_pool_of_rows_that_leave_lanes_empty_stays_in_place():
+    bucket = {"phase": "mixed", "num_tokens": 64, "num_rows": 16}
+    check_compiled("v5e", {"model": "lanes160", "num_layers": 1, **bucket})
+
+
+def test_the_empty_pool_comes_as_the_steps_want_it():
+    options = {"model": "lanes160", "num_layers": 1, "program": "Zeros"}
+    compiled = compile_for_tpu(f"{__name__}:build_program", options=options)
+    pool = compiled.extra[0]["pool"]
+    assert pool <= compiled.output_bytes < pool + PADDING
+
+
+@pytest.mark.parametrize("program", ["Prepare", "ReadBlocks", "WriteBlocks"])
+def test_no_program_beside_the_steps_copies_a_pool(program: str):
+    options = {"model": "lanes160", "num_layers": 1, "program": program}
+    compiled = compile_for_tpu(f"{__name__}:build_program", options=options)
+    expected: dict[str, Any] = compiled.extra[0]
+    is_read = program == "ReadBlocks"
+    assert compiled.argument_bytes >= expected["pool"]
+    assert compiled.alias_bytes >= (0 if is_read else expected["pool"])
+    assert compiled.temporary_bytes < expected["pool"] // 8
+    check_pool_stays(compiled, expected)
 
 
 @pytest.mark.kernels
@@ -114,15 +141,19 @@ def check_compiled(chip: str, options: dict[str, Any]) -> Compiled:
     assert arguments <= compiled.argument_bytes < 1.01 * arguments + PADDING
     assert compiled.output_bytes - compiled.alias_bytes < PADDING
     assert compiled.temporary_bytes < expected["slab"]
-    pool = rf"\w+\[{','.join(map(str, expected['pool_shape']))}\]\S*"
-    assert re.search(rf" = {pool} parameter\(", compiled.hlo)
-    assert not re.search(rf" = \(?{pool} (copy|copy-start|transpose|convert)\b", compiled.hlo)
+    check_pool_stays(compiled, expected)
     kernels = KERNELS[options["phase"]]
     for kernel in kernels:
         calls = re.findall(rf"%{kernel}[\w.]* = .*tpu_custom_call", compiled.hlo)
         assert len(calls) == options["num_layers"], kernel
     assert compiled.hlo.count('"tpu_custom_call"') == len(kernels) * options["num_layers"]
     return compiled
+
+
+def check_pool_stays(compiled: Compiled, expected: dict[str, Any]) -> None:
+    pool = rf"\w+\[{','.join(map(str, expected['pool_shape']))}\]\S*"
+    assert re.search(rf" = {pool} parameter\(", compiled.hlo)
+    assert not re.search(rf" = \(?{pool} (copy|copy-start|transpose|convert)\b", compiled.hlo)
 
 
 def build_step(
@@ -135,6 +166,23 @@ def build_step(
     num_blocks: int | None = None,
 ) -> tuple[Any, Any, dict[str, Any]]:
     """A step of a network without weights, and bytes that `jpaged.memory` expects."""
+    step, expected = abstract_step(model, num_layers=num_layers, num_blocks=num_blocks)
+    function, specs = step.define(PlainStep(Bucket(Phase(phase), num_tokens, num_rows)))
+    params, (slab, *_), state, _ = specs
+    expected |= {"params": num_bytes(params), "state": num_bytes(state), "slab": num_bytes(slab)}
+    return function, specs, expected
+
+
+def build_program(*, model: str, num_layers: int, program: str) -> tuple[Any, Any, dict[str, Any]]:
+    """A program of the pool alone."""
+    step, expected = abstract_step(model, num_layers=num_layers)
+    return *step.define(getattr(programs, program)()), expected
+
+
+def abstract_step(
+    model: str, *, num_layers: int, num_blocks: int | None = None
+) -> tuple[Step, dict[str, Any]]:
+    """The programs of a network without weights, and what its pool should be like."""
     shape, num_slab_blocks = MODELS[model]
     config = tiny_config(**shape, num_layers=num_layers, layer_windows=(None,) * num_layers)
     decoder = abstract_decoder(config, dtype=jnp.bfloat16)
@@ -145,13 +193,11 @@ def build_step(
         max_num_batched_tokens=256,
         max_model_len=2048,
     )
-    step = Step(decoder, limits, pool_dtype=jnp.bfloat16, backend=Backend.PALLAS_TPU)
-    bucket = Bucket(Phase(phase), num_tokens, num_rows)
-    function, specs = step.define(PlainStep(bucket))
-    params, (slab, *_), state, _ = specs
-    pool = limits.num_blocks * block_bytes(config, block_size=16, dtype=jnp.bfloat16)
-    expected = {"params": num_bytes(params), "state": num_bytes(state), "pool": pool}
-    return function, specs, expected | {"slab": num_bytes(slab), "pool_shape": slab.shape}
+    kinds: dict[str, Any] = {"dtype": jnp.bfloat16, "backend": Backend.PALLAS_TPU}
+    size = block_bytes(config, block_size=16, **kinds)
+    step = Step(decoder, limits, pool_dtype=kinds["dtype"], backend=kinds["backend"])
+    (slab, *_), _ = jax.eval_shape(step.zeros)
+    return step, {"pool": limits.num_blocks * size, "pool_shape": slab.shape}
 
 
 def num_bytes(specs: Any) -> int:
