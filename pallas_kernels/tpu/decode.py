@@ -263,34 +263,46 @@ def _decode_kernel(
 
     this, following = walk(place, table_ref), walk(place + 1, next_table_ref)
 
-    def absorb_tile(tile, tile_ref) -> None:
-        def absorb_slots(slots_ref) -> None:
-            size = slots_ref.shape[1]
-            clear_unseen(slots_ref, tile * C, this)
-            positions_QC = tile * C + jax.lax.broadcasted_iota(jnp.int32, (Q, size), 1)
-            seen_QC = (positions_QC >= this.start) & (positions_QC < this.end)
-            for group in _groups(K, Q * size):
-                heads = [
-                    Head(
-                        head,
-                        q_ref[head].astype(compute_dtype),
-                        slots_ref[head].astype(compute_dtype),
-                        scale if kv_scales_ref is None else scale * kv_scales_ref[0, head],
-                    )
-                    for head in group
-                ]
-                absorb(softmax, heads, seen_QC, soft_cap=soft_cap)
+    def absorb_slots(slots_ref, seen_QC, meanwhile) -> None:
+        for group in _groups(K, Q * slots_ref.shape[1]):
+            heads = [
+                Head(
+                    head,
+                    q_ref[head].astype(compute_dtype),
+                    slots_ref.at[head],
+                    scale if kv_scales_ref is None else scale * kv_scales_ref[0, head],
+                )
+                for head in group
+            ]
+            absorb(softmax, heads, seen_QC, soft_cap=soft_cap, meanwhile=meanwhile)
+            meanwhile = None
 
+    def absorb_edge(tile, slots_ref) -> None:
+        clear_unseen(slots_ref, tile * C, this)
+        positions_QC = tile * C + jax.lax.broadcasted_iota(jnp.int32, (Q, slots_ref.shape[1]), 1)
+        seen_QC = (positions_QC >= this.start) & (positions_QC < this.end)
+        absorb_slots(slots_ref, seen_QC, None)
+
+    def absorb_tile(tile, tile_ref, meanwhile) -> None:
+        if meanwhile is not None:
+            absorb_slots(tile_ref, None, meanwhile)
+            return
         few = C // 4  # a short context need not pay for a whole tile
         if few % LANES:
-            absorb_slots(tile_ref)
+            absorb_edge(tile, tile_ref)
             return
         is_short = this.end - tile * C <= few
-        pl.when(is_short)(lambda: absorb_slots(tile_ref.at[:, pl.ds(0, few), :]))
-        pl.when(jnp.logical_not(is_short))(lambda: absorb_slots(tile_ref))
+        pl.when(is_short)(lambda: absorb_edge(tile, tile_ref.at[:, pl.ds(0, few), :]))
+        pl.when(jnp.logical_not(is_short))(lambda: absorb_edge(tile, tile_ref))
 
     softmax.reset(sinks_ref)
-    ring.stream(this, following, absorb_tile, is_first=place == 0)
+    ring.stream(
+        this,
+        following,
+        absorb_tile,
+        plain_end=this.end if window is None else 0,
+        is_first=place == 0,
+    )
     for head in range(K):
         values = softmax.result(head)
         o_ref[head] = values if kv_scales_ref is None else values * kv_scales_ref[1, head]

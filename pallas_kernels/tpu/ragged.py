@@ -293,7 +293,7 @@ def _ragged_kernel(
 
     this, following = walk(visit, table_ref), walk(visit + 1, next_table_ref)
 
-    def absorb_tile(kv_tile, kv_tile_ref) -> None:
+    def absorb_tile(kv_tile, kv_tile_ref, _) -> None:
         first = kv_tile * C
         clear_unseen(kv_tile_ref, first, this)
         queries_QC = tile * Q - zero + jax.lax.broadcasted_iota(jnp.int32, (Q, C), 0)
@@ -305,14 +305,14 @@ def _ragged_kernel(
         def absorb_heads(turn, _) -> None:
             heads = []
             for kv_head in (turn * at_once + i for i in range(at_once)):
-                kv = kv_tile_ref[kv_head].astype(q_ref.dtype)
+                kv_ref = kv_tile_ref.at[kv_head]
                 factor = (
                     scale
                     if kv_scales_ref is None
                     else scale * kv_scales_ref[0, first_kv_head + kv_head]
                 )
                 places = [kv_head * G + query for query in range(G)]
-                heads += [Head(place, q_ref[place], kv, factor) for place in places]
+                heads += [Head(place, q_ref[place], kv_ref, factor) for place in places]
             absorb(softmax, heads, visible_QC, soft_cap=soft_cap)
 
         jax.lax.fori_loop(0, K // at_once, absorb_heads, None)

@@ -6,6 +6,7 @@ pallas_kernels/README.md draws it.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from jaxtyping import Array, Bool, Int32
 
 Ref = Any  # what is in it, and where, stands beside it: JAX has no public name for its type
 Scalar = Int32[Array, ""] | int
+Absorb = Callable[[Scalar, Ref, Callable[[], None] | None], None]
 
 
 class Walk(NamedTuple):
@@ -45,19 +47,28 @@ class Ring:
         self,
         walk: Walk,
         following: Walk,
-        absorb: Callable[[Scalar, Ref], None],
+        absorb: Absorb,
         *,
         is_first: Bool[Array, ""],
+        plain_end: Scalar = 0,
     ) -> None:
-        """Calls `absorb(tile, its buffer [K, C, W])` for the walk's tiles in turn.
+        """Calls `absorb(tile, its buffer [K, C, W], meanwhile)` for the walk's tiles in turn.
 
         Tiles are numbered from the context's start and cut at multiples of C. Of a buffer only
         the slots of blocks that hold a token of the walk are filled. Where `is_first` nothing is
         in flight yet; else the walk before was streamed with this one as its `following`.
+
+        `plain_end` is 0, or the walk is from token 0 on and every query sees all the tokens before
+        `plain_end`. Most tiles before it are plain: `absorb` need not look who sees what, and calls
+        `meanwhile`, which starts the copies of a tile ahead, once it has loaded what the first
+        product needs. So the scalar unit has work while the matrix unit's answer is awaited; of
+        what is behind it in the program, no load of a buffer is done before it. For other tiles
+        `meanwhile` is None.
         """
         ring = self.buffers.shape[0]
         first, count = self._tiles(walk)
         following_first, following_count = self._tiles(following)
+        num_plain = self._num_plain(walk, plain_end)
 
         @pl.when(is_first)
         def _start_at_the_first_buffer():
@@ -79,16 +90,33 @@ class Ring:
             def _fetch_following():
                 self._start(following, following_first + beyond, buffer)
 
+        def take_plain(place: Scalar, _: None) -> None:
+            buffer, ahead = self._buffer(base + place), place + ring - 1
+            self._wait(walk, first + place, buffer)
+            start = functools.partial(self._start_all, walk, first + ahead)
+            absorb(
+                first + place, self.buffers.at[buffer], lambda: start(self._buffer(base + ahead))
+            )
+
         def take(place: Scalar, _: None) -> None:
             fetch(place + ring - 1, own=True)
             buffer = self._buffer(base + place)
             self._wait(walk, first + place, buffer)
-            absorb(first + place, self.buffers.at[buffer])
+            absorb(first + place, self.buffers.at[buffer], None)
 
         # What the walk before has fetched of this one, and had this one been longer, of the next.
         jax.lax.fori_loop(0, ring - 1, lambda place, _: fetch(place, own=is_first), None)
-        jax.lax.fori_loop(0, count, take, None)
+        jax.lax.fori_loop(0, num_plain, take_plain, None)
+        jax.lax.fori_loop(num_plain, count, take, None)
         self.turn[0] = self._buffer(base + count)
+
+    def _num_plain(self, walk: Walk, plain_end: Scalar) -> Scalar:
+        """Tiles before `plain_end` for each of which there is a whole one to start."""
+        C, ahead = self.buffers.shape[2], self.buffers.shape[0] - 1
+        if isinstance(plain_end, int) and isinstance(walk.end, int):
+            return max(0, min(plain_end // C, walk.end // C - ahead))
+        plain, whole = jax.lax.div(plain_end, C), jax.lax.div(walk.end, C)
+        return jnp.maximum(0, jnp.minimum(plain, whole - ahead))
 
     def _buffer(self, number: Scalar) -> Scalar:
         return jax.lax.rem(number, self.buffers.shape[0])
@@ -103,24 +131,28 @@ class Ring:
 
     def _start(self, walk: Walk, tile: Scalar, buffer: Scalar) -> None:
         first, low, high = self._blocks(walk, tile)
-        tile_blocks = self.buffers.shape[2] // self.pool.shape[2]
-
-        def copy(place: Scalar, _: None) -> None:
-            heads = pl.ds(self.first_head, self.buffers.shape[1])
-            block = self.pool.at[walk.table[0, first + place], heads]
-            slots = self._slots(buffer, place, 1)
-            pltpu.make_async_copy(block, slots, self.arrived.at[buffer]).start()
-
-        is_whole = (low == 0) & (high == tile_blocks)
-
-        @pl.when(is_whole)
-        def _start_all():  # in a straight line, which takes half the cycles of a loop
-            for place in range(tile_blocks):
-                copy(place, None)
+        is_whole = (low == 0) & (high == self._tile_blocks())
+        pl.when(is_whole)(lambda: self._start_all(walk, tile, buffer))
 
         @pl.when(jnp.logical_not(is_whole))
         def _start_some():
-            jax.lax.fori_loop(low, high, copy, None)
+            jax.lax.fori_loop(
+                low, high, lambda place, _: self._copy(walk, first, place, buffer), None
+            )
+
+    def _start_all(self, walk: Walk, tile: Scalar, buffer: Scalar) -> None:
+        """In a straight line, which takes half the cycles of a loop."""
+        for place in range(self._tile_blocks()):
+            self._copy(walk, tile * self._tile_blocks(), place, buffer)
+
+    def _copy(self, walk: Walk, first: Scalar, place: Scalar, buffer: Scalar) -> None:
+        heads = pl.ds(self.first_head, self.buffers.shape[1])
+        block = self.pool.at[walk.table[0, first + place], heads]
+        slots = self._slots(buffer, place, 1)
+        pltpu.make_async_copy(block, slots, self.arrived.at[buffer]).start()
+
+    def _tile_blocks(self) -> int:
+        return self.buffers.shape[2] // self.pool.shape[2]
 
     def _wait(self, walk: Walk, tile: Scalar, buffer: Scalar) -> None:
         """Waits for as many bytes as the tile's copies bring."""
@@ -130,10 +162,10 @@ class Ring:
 
     def _blocks(self, walk: Walk, tile: Scalar) -> tuple[Scalar, Scalar, Scalar]:
         """The column of a tile's first block, and the places in the tile that are fetched."""
-        C, S = self.buffers.shape[2], self.pool.shape[2]
-        first = tile * (C // S)
+        S, tile_blocks = self.pool.shape[2], self._tile_blocks()
+        first = tile * tile_blocks
         low = jnp.maximum(jax.lax.div(walk.start, S) - first, 0)
-        high = jnp.minimum(pl.cdiv(walk.end, S) - first, C // S)
+        high = jnp.minimum(pl.cdiv(walk.end, S) - first, tile_blocks)
         return first, low, high
 
     def _slots(self, buffer: Scalar, place: Scalar, num_blocks: Scalar) -> Ref:

@@ -1,6 +1,6 @@
 """Online softmax over tiles of K|V (Milakov and Gimelshein, arXiv 1805.02867)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -49,8 +49,16 @@ class Head(NamedTuple):
 
     place: int | jax.Array
     q: Float[Array, "Q V"]  # zero behind its first H lanes
-    kv: Float[Array, "C W"]
+    kv: Ref  # [C, W]
     scale: float | Float[Array, ""]
+
+    def keys(self) -> Float[Array, "C V"]:
+        """In the query's dtype, as the values are; loaded at each call."""
+        return self.kv[:, : head_lanes(self.kv.shape[1])].astype(self.q.dtype)
+
+    def values(self) -> Float[Array, "C V"]:
+        W = self.kv.shape[1]
+        return self.kv[:, W - head_lanes(W) :].astype(self.q.dtype)
 
 
 def splits(lanes: int) -> bool:
@@ -73,13 +81,16 @@ def absorb(
     visible: Bool[Array, "Q C"] | None,
     *,
     soft_cap: float | None,
+    meanwhile: Callable[[], None] | None = None,
 ) -> None:
-    """Takes one tile in, for all the heads stage by stage.
+    """Takes one tile in, for all the heads stage by stage; `meanwhile` is called between two.
 
     Head by head, each would wait for the matrix unit, the maximum and the exponential in turn: the
     compiler cannot tell that what it stores of one head is not what it loads of the next.
     """
     logits = [_logits(head, visible, soft_cap) for head in heads]
+    if meanwhile is not None:
+        meanwhile()
     old_highs = [state.high[head.place] for head in heads]
     old_totals = [state.total[head.place] for head in heads]
     old_values = [state.values[head.place] for head in heads]
@@ -91,7 +102,7 @@ def absorb(
         jnp.exp2(x - _spread(high, x.shape[1])) for x, high in zip(logits, highs, strict=True)
     ]
     weighted = [
-        _dot(w.astype(head.kv.dtype), _values(head.kv), 0)
+        _dot(w.astype(head.q.dtype), head.values(), 0)
         for w, head in zip(weights, heads, strict=True)
     ]
     shrinks = [jnp.exp2(old - high) for old, high in zip(old_highs, highs, strict=True)]
@@ -106,17 +117,12 @@ def _logits(
     head: Head, visible: Bool[Array, "Q C"] | None, soft_cap: float | None
 ) -> Float[Array, "Q C"]:
     """Of base 2: an exponential is one anyway, behind a product that is spared here."""
-    product = _dot(head.q, head.kv[:, : head_lanes(head.kv.shape[1])], 1)
+    product = _dot(head.q, head.keys(), 1)
     if soft_cap is None:
         logits = product * (head.scale * LOG2_E)
     else:
         logits = jnp.tanh(product * (head.scale / soft_cap)) * (soft_cap * LOG2_E)
     return logits if visible is None else jnp.where(visible, logits, MASKED)
-
-
-def _values(kv: Float[Array, "C W"]) -> Float[Array, "C V"]:
-    W = kv.shape[1]
-    return kv[:, W // 2 :] if splits(W) else kv
 
 
 def _spread(column: Float[Array, "Q lanes"], size: int) -> Float[Array, "Q size"]:

@@ -150,6 +150,12 @@ def test_head_counts_and_sizes_agree_with_numpy(heads: tuple[int, int, int], dty
     check(case, run(case, dtype), dtype)
 
 
+def test_heads_in_groups_agree_with_numpy(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(decode, "MAX_LOGITS", 300)  # two heads with 8 queries and 16 keys each
+    case = only_needed(make_rows([95, 3, 50], heads=(6, 3, 16)))
+    check(case, run(case, paged_decode=decode.paged_decode))
+
+
 def test_blocks_longer_than_logits_registers_agree_with_numpy():
     case = make_rows([131, 2], block_size=128)
     check(case, run(case, tile_blocks=1))
