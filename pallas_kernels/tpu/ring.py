@@ -6,7 +6,6 @@ pallas_kernels/README.md draws it.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -91,12 +90,14 @@ class Ring:
                 self._start(following, following_first + beyond, buffer)
 
         def take_plain(place: Scalar, _: None) -> None:
-            buffer, ahead = self._buffer(base + place), place + ring - 1
+            ahead = place + ring - 1
+
+            def start_ahead() -> None:
+                self._start_all(walk, first + ahead, self._buffer(base + ahead))
+
+            buffer = self._buffer(base + place)
             self._wait(walk, first + place, buffer)
-            start = functools.partial(self._start_all, walk, first + ahead)
-            absorb(
-                first + place, self.buffers.at[buffer], lambda: start(self._buffer(base + ahead))
-            )
+            absorb(first + place, self.buffers.at[buffer], start_ahead)
 
         def take(place: Scalar, _: None) -> None:
             fetch(place + ring - 1, own=True)

@@ -53,10 +53,11 @@ class Head(NamedTuple):
     scale: float | Float[Array, ""]
 
     def keys(self) -> Float[Array, "C V"]:
-        """In the query's dtype, as the values are; loaded at each call."""
+        """In the query's dtype, loaded at each call."""
         return self.kv[:, : head_lanes(self.kv.shape[1])].astype(self.q.dtype)
 
     def values(self) -> Float[Array, "C V"]:
+        """Likewise."""
         W = self.kv.shape[1]
         return self.kv[:, W - head_lanes(W) :].astype(self.q.dtype)
 
