@@ -300,7 +300,7 @@ def _decode_kernel(
         this,
         following,
         absorb_tile,
-        plain_end=this.end if window is None else 0,
+        plain_end=this.end if window is None else None,
         is_first=place == 0,
     )
     for head in range(K):

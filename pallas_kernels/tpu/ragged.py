@@ -293,7 +293,7 @@ def _ragged_kernel(
 
     this, following = walk(visit, table_ref), walk(visit + 1, next_table_ref)
 
-    def absorb_tile(kv_tile, kv_tile_ref, _) -> None:
+    def absorb_tile(kv_tile, kv_tile_ref, _meanwhile) -> None:
         first = kv_tile * C
         clear_unseen(kv_tile_ref, first, this)
         queries_QC = tile * Q - zero + jax.lax.broadcasted_iota(jnp.int32, (Q, C), 0)

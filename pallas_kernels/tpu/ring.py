@@ -49,7 +49,7 @@ class Ring:
         absorb: Absorb,
         *,
         is_first: Bool[Array, ""],
-        plain_end: Scalar = 0,
+        plain_end: Scalar | None = None,
     ) -> None:
         """Calls `absorb(tile, its buffer [K, C, W], meanwhile)` for the walk's tiles in turn.
 
@@ -57,17 +57,17 @@ class Ring:
         the slots of blocks that hold a token of the walk are filled. Where `is_first` nothing is
         in flight yet; else the walk before was streamed with this one as its `following`.
 
-        `plain_end` is 0, or the walk is from token 0 on and every query sees all the tokens before
+        With `plain_end` the walk is from token 0 on, and every query sees all the tokens before
         `plain_end`. Most tiles before it are plain: `absorb` need not look who sees what, and calls
         `meanwhile`, which starts the copies of a tile ahead, once it has loaded what the first
-        product needs. So the scalar unit has work while the matrix unit's answer is awaited; of
-        what is behind it in the program, no load of a buffer is done before it. For other tiles
-        `meanwhile` is None.
+        product needs. So the scalar unit has work while the matrix unit's answer is awaited; what
+        is loaded of a buffer later in the program is not loaded sooner. For other tiles `meanwhile`
+        is None.
         """
         ring = self.buffers.shape[0]
         first, count = self._tiles(walk)
         following_first, following_count = self._tiles(following)
-        num_plain = self._num_plain(walk, plain_end)
+        num_plain = 0 if plain_end is None else self._num_plain(walk, plain_end)
 
         @pl.when(is_first)
         def _start_at_the_first_buffer():
@@ -107,7 +107,8 @@ class Ring:
 
         # What the walk before has fetched of this one, and had this one been longer, of the next.
         jax.lax.fori_loop(0, ring - 1, lambda place, _: fetch(place, own=is_first), None)
-        jax.lax.fori_loop(0, num_plain, take_plain, None)
+        if plain_end is not None:
+            jax.lax.fori_loop(0, num_plain, take_plain, None)
         jax.lax.fori_loop(num_plain, count, take, None)
         self.turn[0] = self._buffer(base + count)
 
