@@ -5,15 +5,14 @@ from jax.experimental.layout import Format, Layout
 from jax.typing import DTypeLike
 
 from pallas_kernels.dispatch import Backend
-
-TPU_LANES = 128
+from pallas_kernels.tpu.device import whole_lanes
 
 
 def row_bytes(head_size: int, dtype: DTypeLike, backend: Backend) -> int:
     """Bytes that K and V of one slot and head take there."""
     lanes = 2 * head_size
     if backend is Backend.PALLAS_TPU:  # whose rows begin where a register does
-        lanes += -lanes % TPU_LANES
+        lanes = whole_lanes(lanes)
     return lanes * jax.numpy.dtype(dtype).itemsize
 
 

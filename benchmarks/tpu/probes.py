@@ -14,7 +14,7 @@ from benchmarks.tpu.probe import Probe, Work, kernel_alone
 from pallas_kernels import pool_shape
 from pallas_kernels.tpu import decode as decode_kernel
 from pallas_kernels.tpu import ragged as ragged_kernel
-from pallas_kernels.tpu.cores import num_cores
+from pallas_kernels.tpu.device import num_cores
 from pallas_kernels.tpu.softmax import head_lanes
 
 NUM_BLOCKS = 4096  # of the pool: how many hardly matters

@@ -13,12 +13,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32, Real
 
-from pallas_kernels.tpu.cores import num_cores
+from pallas_kernels.tpu.device import (
+    LANES,
+    SUBLANES,
+    check_pool,
+    num_cores,
+    simulator,
+    whole_lanes,
+)
 from pallas_kernels.tpu.ring import Ring, Walk, clear_unseen
-from pallas_kernels.tpu.softmax import LANES, Head, Softmax, absorb, head_lanes
+from pallas_kernels.tpu.softmax import Head, Softmax, absorb, head_lanes
 from pallas_kernels.tpu.tiles import tuned_tile
 
-SUBLANES = 8  # queries of a head are padded to whole registers
+DTYPES = ("bfloat16", "float32", "int8", "float8_e4m3fn")  # that a pool may have
 MAX_TILE_BYTES = 2 << 20  # a ring of them, queries and results fit the 16 MiB of a v5e program
 MAX_LOGITS = 48 << 10  # of the heads that are computed on at once: registers hold 64 K floats
 
@@ -63,7 +70,7 @@ def paged_decode(
     B, N, H = q.shape
     _, K, _, W = pool.shape
     G = N // K
-    check(pool)
+    check_pool(pool, DTYPES)
     queries = _padded(G)
     # Float32, since Mosaic cannot take half a register of bfloat16 on v5e.
     q_BKQV = q.reshape(B, K, G, H).astype(jnp.float32)
@@ -85,19 +92,9 @@ def paged_decode(
         window=window,
         soft_cap=soft_cap,
         static_len=static_len,
-        interpret=pltpu.InterpretParams() if interpret is True else interpret,
+        interpret=simulator(interpret),
     )
     return out_BKGV[:, :, :G, -H:].reshape(B, N, H).astype(q.dtype)
-
-
-def check(pool: Real[Array, "P K S W"]) -> None:
-    """What the TPU kernels ask beyond what `dispatch` asked for every backend."""
-    S = pool.shape[2]
-    if S % SUBLANES:
-        raise ValueError(f"block size must be a multiple of {SUBLANES}, got {S}; or use `xla`")
-    names = ["bfloat16", "float32", "int8", "float8_e4m3fn"]
-    if pool.dtype.name not in names:
-        raise ValueError(f"the pool must be one of {names}, got {pool.dtype}; or use `xla`")
 
 
 def compute_dtype(q: Float[Array, "..."], pool: Real[Array, "..."]) -> jnp.dtype:
@@ -133,7 +130,7 @@ def default_tile(pool: Real[Array, "P K S W"], max_blocks: int, group: int) -> D
     """
     _, K, S, W = pool.shape
     # A quantised tile is there once more in what it is multiplied in.
-    block_bytes = K * S * pl.cdiv(W, LANES) * LANES * max(pool.dtype.itemsize, 2)
+    block_bytes = K * S * whole_lanes(W) * max(pool.dtype.itemsize, 2)
     blocks = min(MAX_TILE_BYTES // block_bytes, MAX_LOGITS // (_padded(group) * S * min(K, 3)))
     blocks = min(max(1, blocks), longest_tile(S, max_blocks))
     return DecodeTile(blocks=1 << (blocks.bit_length() - 1))

@@ -16,10 +16,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32, Real
 
 from pallas_kernels.layout import PagedBatch
-from pallas_kernels.tpu.cores import num_cores
-from pallas_kernels.tpu.decode import check, compute_dtype, longest_tile
+from pallas_kernels.tpu.decode import DTYPES, compute_dtype, longest_tile
+from pallas_kernels.tpu.device import LANES, check_pool, num_cores, simulator, whole_lanes
 from pallas_kernels.tpu.ring import Ring, Walk, clear_unseen
-from pallas_kernels.tpu.softmax import LANES, Head, Softmax, absorb, head_lanes
+from pallas_kernels.tpu.softmax import Head, Softmax, absorb, head_lanes
 from pallas_kernels.tpu.tiles import tuned_tile
 
 # Of the KV heads that are computed on at once. Four times what the registers hold: one head's steps
@@ -73,7 +73,7 @@ def paged_prefill(
     """
     T, _, H = q.shape
     W = pool.shape[3]
-    check(pool)
+    check_pool(pool, DTYPES)
     tile = tile or choose_tile(q, pool, batch.block_tables.shape[1])
     q_NTW = jnp.pad(
         q.transpose(1, 0, 2).astype(compute_dtype(q, pool)),
@@ -93,7 +93,7 @@ def paged_prefill(
         scale=scale,
         window=window,
         soft_cap=soft_cap,
-        interpret=pltpu.InterpretParams() if interpret is True else interpret,
+        interpret=simulator(interpret),
     )
     out = out_NTV[:, :T, -H:].transpose(1, 0, 2).astype(q.dtype)
     return _with_decoded(out, batch, decoded)
@@ -120,12 +120,12 @@ def default_tile(q: Float[Array, "T N H"], pool: Real[Array, "P K S W"]) -> Ragg
     """As many tokens as their queries, answers and sums leave room for in VMEM."""
     T, N, _ = q.shape
     _, K, S, W = pool.shape
-    lanes = pl.cdiv(head_lanes(W), LANES) * LANES
+    lanes = whole_lanes(head_lanes(W))
     # Queries and answers twice, since the next ones arrive meanwhile; values; two columns.
     token_bytes = N * (lanes * (4 * q.dtype.itemsize + 4) + 2 * 4 * LANES)
     tokens = min(max(QUERIES_BYTES // token_bytes, MIN_TOKENS), MAX_TOKENS)
     tokens = min(1 << (tokens.bit_length() - 1), pl.cdiv(T, MIN_TOKENS) * MIN_TOKENS)
-    block_bytes = K * S * pl.cdiv(W, LANES) * LANES * max(pool.dtype.itemsize, 2)
+    block_bytes = K * S * whole_lanes(W) * max(pool.dtype.itemsize, 2)
     blocks = max(1, min(CONTEXT_TOKENS // S, TILE_BYTES // block_bytes))
     return RaggedTile(tokens=tokens, blocks=blocks)
 

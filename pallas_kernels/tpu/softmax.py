@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.layout import MASKED
+from pallas_kernels.tpu.device import LANES
 from pallas_kernels.tpu.ring import Ref
 
-LANES = 128  # of a register
 LOG2_E = 1.4426950408889634
 
 

@@ -11,13 +11,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Int32, Real
 
-GROUP = 8  # slots: the rows of a tile of the pool in HBM, whatever its dtype
+from pallas_kernels.tpu.device import LANES, SUBLANES, check_pool, simulator, whole_lanes
+
+GROUP = SUBLANES  # slots
 MAX_BUFFERS = 32  # the latency of a copy over the work on an item, twice, and some more
 RING_BYTES = 2 << 20  # more on their way than memory has open at once
 TILE_BYTES = 3 << 20  # two tiles of new rows and the ring fit the 16 MiB of a v5e program
 MAX_TILE_TOKENS = 512  # each token of a tile is compared with each other
 MAX_CALL_TOKENS = 2048  # XLA makes words of a call's rows, up to three copies of them
-LANES = 128
 WORD_BITS = 32  # groups are merged as words: only these are loaded from any row on
 DTYPES = ("bfloat16", "float16", "float32", "int8", "float8_e4m3fn", "float8_e5m2")
 # What is known of an item, at its first token.
@@ -39,8 +40,8 @@ def write_kv(
     is fast is an order in which tokens of one group of slots are neighbours. With `interpret` a
     TPU is simulated on whatever device there is, as `InterpretParams` say.
     """
-    _check(pool)
-    interpret = pltpu.InterpretParams() if interpret is True else interpret
+    check_pool(pool, DTYPES)
+    interpret = simulator(interpret)
     for start in range(0, slots.shape[0], MAX_CALL_TOKENS):
         part = slice(start, start + MAX_CALL_TOKENS)
         new = kv[part], slots[part]
@@ -48,15 +49,6 @@ def write_kv(
             pool, *new = jax.lax.optimization_barrier((pool, *new))
         pool = _write_part(pool, *new, interpret=interpret)
     return pool
-
-
-def _check(pool: Real[Array, "P K S W"]) -> None:
-    """What this kernel asks beyond what `dispatch` asked for every backend."""
-    S = pool.shape[2]
-    if S % GROUP:
-        raise ValueError(f"block size must be a multiple of {GROUP}, got {S}; or use `xla`")
-    if pool.dtype.name not in DTYPES:
-        raise ValueError(f"the pool must be one of {DTYPES}, got {pool.dtype}; or use `xla`")
 
 
 def _write_part(
@@ -68,7 +60,7 @@ def _write_part(
 ) -> Real[Array, "P K S W"]:
     """The same with as many tokens as one call takes."""
     _, K, _, W = pool.shape
-    tokens = _tile_tokens(slots.shape[0], K * pl.cdiv(W, LANES) * LANES * WORD_BITS // 8)
+    tokens = _tile_tokens(slots.shape[0], K * whole_lanes(W) * WORD_BITS // 8)
     slots = jnp.pad(slots, (0, -slots.shape[0] % tokens))  # slot 0 is the null block's
     starts, items = _list_items(slots.reshape(-1, tokens), pool)
     return _write_call(starts, items, _words(kv, tokens), pool, interpret=interpret)
@@ -196,7 +188,7 @@ def _write_kernel(
     (num_buffers,) = token_ref.shape
     T = items_ref.shape[1] // NUM_FIELDS
     ahead = num_buffers // 2
-    token, num_items = starts_ref[pl.program_id(0), 0], _num_items(starts_ref)
+    token, num_items = (starts_ref[pl.program_id(0), field] for field in range(2))
 
     def field(name, token):
         return items_ref[0, name * T + token]
@@ -263,10 +255,6 @@ def _write_kernel(
     state = jax.lax.fori_loop(0, jnp.minimum(ahead, num_items), begin, (token, jnp.int32(0)))
     _, num_stored = jax.lax.fori_loop(0, num_items, finish, state)
     jax.lax.fori_loop(num_stored, num_items, wait_stored, None)
-
-
-def _num_items(starts_ref):
-    return starts_ref[pl.program_id(0), 1]
 
 
 def _wait(copy):
