@@ -91,23 +91,15 @@ def ragged_paged_attention(
     """
     N, K, H = heads
     num_queries = -(-queries // query_tile) * query_tile
-    theirs = ragged_peer.ragged_paged_attention_kernel
     tiles = -(-context // (tile_blocks * block_size))
-
-    def kernel(_kv_lens, tables, _starts, state, _num_seqs, *references: Any, **options: Any):
-        known = (_Known(context), tables, _Known(0, step=queries), state, _Known(1))
-        with _known_turns(tiles):
-            theirs(*known, *references, **options)
-
-    def attend(*arguments: jax.Array) -> jax.Array:
-        with mock.patch.object(ragged_peer, theirs.__name__, kernel):
-            return inspect.unwrap(ragged_peer.ragged_paged_attention)(
-                *arguments,
-                sm_scale=H**-0.5,
-                num_kv_pages_per_block=tile_blocks,
-                num_queries_per_block=query_tile,
-            )
-
+    attend = _ragged_of_known_lengths(
+        context,
+        queries,
+        tiles,
+        sm_scale=H**-0.5,
+        num_kv_pages_per_block=tile_blocks,
+        num_queries_per_block=query_tile,
+    )
     function, operands = kernel_alone(
         attend,
         (
@@ -129,6 +121,24 @@ def ragged_paged_attention(
         flops=(queries * context - queries * (queries - 1) // 2) * N * 4 * H,
     )
     return Probe(function, operands, work)
+
+
+def _ragged_of_known_lengths(
+    context: int, queries: int, tiles: int, **options: Any
+) -> Callable[..., jax.Array]:
+    """The ragged kernel's call for one sequence, whose context is so many tiles."""
+    theirs = ragged_peer.ragged_paged_attention_kernel
+
+    def kernel(_kv_lens, tables, _starts, state, _num_seqs, *references: Any, **options: Any):
+        known = (_Known(context), tables, _Known(0, step=queries), state, _Known(1))
+        with _known_turns(tiles):
+            theirs(*known, *references, **options)
+
+    def attend(*arguments: jax.Array) -> jax.Array:
+        with mock.patch.object(ragged_peer, theirs.__name__, kernel):
+            return inspect.unwrap(ragged_peer.ragged_paged_attention)(*arguments, **options)
+
+    return attend
 
 
 @contextlib.contextmanager

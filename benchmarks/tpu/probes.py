@@ -5,6 +5,7 @@ run is the code that runs in use.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -86,50 +87,52 @@ def prefill(
     """
     N, K, H = heads
     G = N // K
-    pool = _pool(heads, block_size, dtype)
     q: Any = jax.ShapeDtypeStruct((queries, N, H), jnp.bfloat16)
-    tile = ragged_kernel.choose_tile(q, pool, (fitting or context) // block_size)
+    tile = ragged_kernel.choose_tile(
+        q, _pool(heads, block_size, dtype), (fitting or context) // block_size
+    )
     if tile_tokens is not None and tile_blocks is not None:
         tile = ragged_kernel.RaggedTile(tokens=tile_tokens, blocks=tile_blocks, ring=ring)
     cores = ragged_kernel.cores_of_heads(K, interpret=False)
     turn = ragged_kernel.heads_at_once(K // cores, G * tile.tokens * tile.blocks * block_size)
     pool = _pool((turn * G, turn * cores, H), block_size, dtype)
-    call = functools.partial(
-        ragged_kernel.ragged_call,
-        sinks=None,
-        kv_scales=None,
-        out_dtype=jnp.bfloat16,
-        tile=tile,
-        scale=H**-0.5,
-        window=None,
-        soft_cap=None,
-        static_context=context,
-        interpret=False,
-    )
     arguments = (
         jax.ShapeDtypeStruct((2, 5), jnp.int32),
         jax.ShapeDtypeStruct((2, 1, context // block_size), jnp.int32),
         jax.ShapeDtypeStruct((cores * turn * G, tile.tokens, head_lanes(2 * H)), jnp.bfloat16),
         pool,
     )
-    function, operands = kernel_alone(
-        lambda visits, tables, q, pool: call(visits, 1, tables, q, pool), arguments
-    )
+    function, operands = kernel_alone(_one_visit(tile, context, scale=H**-0.5), arguments)
     visits = -(-queries // tile.tokens)
     context_bytes = context * K // cores * 2 * H * pool.dtype.itemsize
-    return Probe(
-        function,
-        operands,
-        Work(
-            tiles=_whole_tiles(context, tile.blocks * block_size),
-            rows=1,
-            kv_bytes=context_bytes * visits,
-            ideal_bytes=context_bytes,
-            flops=queries * context * N // cores * 4 * H,
-            runs=visits,
-            turns=K // cores // turn,
-        ),
+    work = Work(
+        tiles=_whole_tiles(context, tile.blocks * block_size),
+        rows=1,
+        kv_bytes=context_bytes * visits,
+        ideal_bytes=context_bytes,
+        flops=queries * context * N // cores * 4 * H,
+        runs=visits,
+        turns=K // cores // turn,
     )
+    return Probe(function, operands, work)
+
+
+def _one_visit(
+    tile: ragged_kernel.RaggedTile, context: int, *, scale: float
+) -> Callable[..., jax.Array]:
+    call = functools.partial(
+        ragged_kernel.ragged_call,
+        sinks=None,
+        kv_scales=None,
+        out_dtype=jnp.bfloat16,
+        tile=tile,
+        scale=scale,
+        window=None,
+        soft_cap=None,
+        static_context=context,
+        interpret=False,
+    )
+    return lambda visits, tables, q, pool: call(visits, 1, tables, q, pool)
 
 
 def _whole_tiles(context: int, tile_tokens: int) -> int:
