@@ -134,7 +134,7 @@ def paged_decode(
     what stands in the pool, times its head's scale, is the key or the value.
     """
     _check(q, pool, scale, window, soft_cap)
-    _check_scales(pool, kv_scales, backend)
+    _check_scales(pool, kv_scales)
     options = _given(
         scale=scale, window=window, soft_cap=soft_cap, sinks=sinks, kv_scales=kv_scales
     )
@@ -172,7 +172,7 @@ def paged_attention(
     token go to `paged_decode`'s, which says what the options are.
     """
     _check(q, pool, scale, window, soft_cap)
-    _check_scales(pool, kv_scales, backend)
+    _check_scales(pool, kv_scales)
     _check_batch(q, batch)
     options = _given(
         scale=scale, window=window, soft_cap=soft_cap, sinks=sinks, kv_scales=kv_scales
@@ -206,7 +206,7 @@ def write_kv(
     Several tokens may name the null block; other slots are distinct. A quantised pool gets them by
     `kv_scales` (`paged_decode` says which), rounded to the nearest and cut to what its dtype keeps.
     """
-    _check_scales(pool, kv_scales, backend)
+    _check_scales(pool, kv_scales)
     if kv_scales is None:
         kv = jnp.concatenate([k, v], axis=-1).astype(pool.dtype)
     else:
@@ -271,10 +271,8 @@ def _check(
         )
 
 
-def _check_scales(
-    pool: Real[Array, "P K S W"], kv_scales: Float[Array, "2 K"] | None, backend: Backend
-) -> None:
-    """Raises ValueError where the pool's dtype, its scales and the backend do not go together."""
+def _check_scales(pool: Real[Array, "P K S W"], kv_scales: Float[Array, "2 K"] | None) -> None:
+    """Raises ValueError where the pool's dtype and its scales do not go together."""
     name, quantized = pool.dtype.name, is_quantized(pool.dtype)
     if not quantized and (pool.dtype.itemsize == 1 or not jnp.issubdtype(pool.dtype, jnp.floating)):
         raise ValueError(
@@ -290,8 +288,6 @@ def _check_scales(
         raise ValueError(
             f"kv_scales are for a pool of {' or '.join(LARGEST)}, got one of {name}; leave them out"
         )
-    if quantized and backend in GPU_BACKENDS:
-        raise ValueError(f"{backend.value} needs a pool of 16 or 32 bits, got {name}; use `xla`")
 
 
 def _check_batch(q: Float[Array, "T N H"], batch: PagedBatch) -> None:

@@ -14,6 +14,11 @@ def is_quantized(dtype: DTypeLike) -> bool:
     return jnp.dtype(dtype).name in LARGEST
 
 
+def product_dtype(q: Float[Array, "..."], pool: Real[Array, "P K S W"]) -> jnp.dtype:
+    """What a matrix unit gets: the pool's dtype, or the query's, in which eight bits are exact."""
+    return q.dtype if is_quantized(pool.dtype) else pool.dtype
+
+
 def quantize(
     k: Float[Array, "T K H"],
     v: Float[Array, "T K H"],

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, Real
 
 from pallas_kernels.layout import MASKED, PagedBatch
-from pallas_kernels.quantize import is_quantized
+from pallas_kernels.quantize import product_dtype
 
 # Rows and tokens of a tile: rows x tokens x K x 2H x 4 bytes should stay inside a core's L2 cache;
 # at 3 KV heads of size 64, 8 rows of 128 tokens are 1.5 MB.
@@ -101,7 +101,7 @@ def _decode_group(
     tokens = columns * S
     tables = jnp.pad(tables, [(0, 0), (0, -tables.shape[1] % columns)])
     heads_K = jnp.arange(K)
-    q = q.astype(_product_dtype(q, pool))
+    q = q.astype(product_dtype(q, pool))
 
     def walk(tile: Int32[Array, ""], state: Softmax) -> Softmax:
         blocks_BM = jax.lax.dynamic_slice_in_dim(tables, tile * columns, columns, axis=1)
@@ -195,7 +195,7 @@ def _prefill_tile(
     tokens = columns * S
     table = jnp.pad(table, (0, -table.shape[0] % columns))
     heads_K = jnp.arange(K)
-    q_KQH = jnp.moveaxis(q, 0, 1).reshape(K, T * G, H).astype(_product_dtype(q, pool))
+    q_KQH = jnp.moveaxis(q, 0, 1).reshape(K, T * G, H).astype(product_dtype(q, pool))
     positions_Q = jnp.repeat(positions, G)
     per_head = per_head._replace(sinks=jnp.tile(per_head.sinks, (1, T, 1)))
 
@@ -235,11 +235,6 @@ def _per_head(
     kv_scales = jnp.ones((2, K)) if kv_scales is None else kv_scales
     key_scale, value_scale = kv_scales.astype(jnp.float32).reshape(2, K, 1, 1)
     return PerHead(scale * key_scale, value_scale, sinks.astype(jnp.float32).reshape(K, N // K, 1))
-
-
-def _product_dtype(q: Float[Array, "X K G H"], pool: Real[Array, "P K S W"]) -> jnp.dtype:
-    """What a matrix unit gets: the pool's dtype, or the query's, in which eight bits are exact."""
-    return q.dtype if is_quantized(pool.dtype) else pool.dtype
 
 
 def _absorb(

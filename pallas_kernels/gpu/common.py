@@ -4,19 +4,25 @@ import math
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, Real
 
-DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+from pallas_kernels.quantize import LARGEST
+
+DTYPES = ("bfloat16", "float16", "float32")
+MAX_ELEMENTS = 2**31 - 1  # offsets into an array are int32, up to 4 GiB of it
 LOG2_E = math.log2(math.e)  # the processor's exponential is that of base 2
 
 
-def check_dtypes(q: Float[Array, "T N H"], pool: Float[Array, "P K S W"]) -> None:
+def check_arrays(q: Float[Array, "T N H"], pool: Real[Array, "P K S W"]) -> None:
     """What these kernels ask beyond what `dispatch` asked for every backend."""
-    for name, array in (("q", q), ("the pool", pool)):
-        if array.dtype not in DTYPES:  # eight bits would wrap in Triton's offsets from 2 GiB on
-            raise ValueError(
-                f"{name} must be bfloat16, float16 or float32, got {array.dtype}; or use `xla`"
-            )
+    for name, array, names in (("q", q, DTYPES), ("the pool", pool, (*DTYPES, *LARGEST))):
+        if array.dtype.name not in names:
+            raise ValueError(f"{name} must be one of {names}, got {array.dtype}; or use `xla`")
+    if pool.dtype.itemsize == 1 and pool.size > MAX_ELEMENTS:
+        raise ValueError(
+            f"a pool of eight bits must have at most {MAX_ELEMENTS} elements, got {pool.size}: "
+            "offsets are int32; make it of fewer blocks, or use `xla`"
+        )
 
 
 def indices(*parts: ArrayLike) -> tuple[Int32[Array, "*dims"], ...]:

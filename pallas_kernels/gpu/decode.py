@@ -9,18 +9,19 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, Real
 
-from pallas_kernels.gpu.common import LOG2_E, check_dtypes, indices
+from pallas_kernels.gpu.common import LOG2_E, check_arrays, indices
 from pallas_kernels.gpu.merge import merge
 from pallas_kernels.gpu.splits import ceil_div, live_splits, max_splits
 from pallas_kernels.gpu.tiles import DecodeConfig, decode_config, padded_size
 from pallas_kernels.layout import MASKED
+from pallas_kernels.quantize import product_dtype
 
 
 def paged_decode(
     q: Float[Array, "B N H"],
-    pool: Float[Array, "P K S W"],
+    pool: Real[Array, "P K S W"],
     block_tables: Int32[Array, "B M"],
     seq_lens: Int32[Array, " B"],
     *,
@@ -28,6 +29,7 @@ def paged_decode(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
+    kv_scales: Float[Array, "2 K"] | None = None,
     config: DecodeConfig | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B N H"]:
@@ -36,10 +38,11 @@ def paged_decode(
     The token is the one at position `seq_lens - 1`, and its K and V are in the pool. Slots at and
     behind `seq_lens`, slots that have left the window and blocks that no row names may hold NaN.
     `config` says how the work is cut, by default as `decode_config` finds. The query is rounded
-    to the pool's dtype, which is bfloat16, float16 or float32: ValueError for another.
+    to the pool's dtype, or a pool of eight bits widened to the query's. ValueError for a dtype or a
+    size that the kernel does not take.
     """
-    check_dtypes(q, pool)
-    config = config or decode_config(q.shape[2], pool.dtype)
+    check_arrays(q, pool)
+    config = config or decode_config(q.shape[2], product_dtype(q, pool))
     num_splits = max_splits(block_tables.shape[1] * pool.shape[2], config.split_tokens, window)
     num_splits = max(num_splits, 1 if sinks is None else 2)  # the merge takes sinks in
     partials = _decode_call(
@@ -47,6 +50,7 @@ def paged_decode(
         pool,
         block_tables,
         seq_lens,
+        kv_scales,
         num_splits=num_splits,
         config=config,
         scale=scale,
@@ -72,9 +76,10 @@ def paged_decode(
 
 def _decode_call(
     q: Float[Array, "B N H"],
-    pool: Float[Array, "P K S W"],
+    pool: Real[Array, "P K S W"],
     block_tables: Int32[Array, "B M"],
     seq_lens: Int32[Array, " B"],
+    kv_scales: Float[Array, "2 K"] | None,
     *,
     num_splits: int,
     config: DecodeConfig,
@@ -95,6 +100,7 @@ def _decode_call(
         _decode_kernel,
         num_kv_heads=K,
         block_size=S,
+        has_scales=kv_scales is not None,
         config=config,
         scale=scale,
         window=window,
@@ -109,7 +115,13 @@ def _decode_call(
             num_warps=config.num_warps, num_stages=config.num_stages
         ),
         interpret=interpret,
-    )(seq_lens, block_tables, q.astype(pool.dtype), pool.reshape(P * K * S, W))
+    )(
+        seq_lens,
+        block_tables,
+        q.astype(product_dtype(q, pool)),
+        pool.reshape(P * K * S, W),
+        *([] if kv_scales is None else [kv_scales.astype(jnp.float32)]),
+    )
     return tuple(partials)
 
 
@@ -118,16 +130,19 @@ def _decode_kernel(
     block_tables_ref,  # i32[B, M]
     q_ref,  # [B, N, H]
     pool_ref,  # [P * K * S, W]
-    o_ref,  # [B, N, X, H], the result or each split's weighted sum of values
-    *partial_refs,  # f32[B, N, X], each split's highest logit and sum of weights; or none
+    *refs,  # f32[2, K], the scales of a pool of eight bits; then what is written:
+    # o_ref, [B, N, X, H], the result or each split's weighted sum of values
+    # f32[B, N, X], each split's highest logit and sum of weights, where there are several
     num_kv_heads: int,
     block_size: int,
+    has_scales: bool,
     config: DecodeConfig,
     scale: float,
     window: int | None,
     soft_cap: float | None,
 ):
     """The queries of one KV head of one row against every so-manieth split of its context."""
+    scale_refs, (o_ref, *partial_refs) = refs[:has_scales], refs[has_scales:]
     row, head, program = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     num_programs = pl.num_programs(2)
     _, N, H = q_ref.shape
@@ -135,7 +150,10 @@ def _decode_kernel(
     end = seq_lens_ref[row]
     start = 0 if window is None else jnp.maximum(end - window, 0)
     first_split, end_split = live_splits(end, config.split_tokens, window)
-    precision = jax.lax.Precision.HIGHEST if pool_ref.dtype == jnp.float32 else None
+    precision = jax.lax.Precision.HIGHEST if q_ref.dtype == jnp.float32 else None
+    key_scale, value_scale = scale, 1.0
+    if has_scales:
+        key_scale, value_scale = scale * scale_refs[0][0, head], scale_refs[0][1, head]
 
     queries_G = jnp.arange(padded_size(G), dtype=jnp.int32)
     lanes_H = jnp.arange(padded_size(H), dtype=jnp.int32)
@@ -165,23 +183,23 @@ def _decode_kernel(
         keys_CH = plt.load(pool_ref.at[keys_at_CH], mask=seen_CH, other=0)
         logits_GC = jax.lax.dot_general(
             q_GH,
-            keys_CH,
+            keys_CH.astype(q_GH.dtype),
             (((1,), (1,)), ((), ())),
             precision=precision,
             preferred_element_type=jnp.float32,
         )
         if soft_cap is None:
-            logits_GC *= scale * LOG2_E
+            logits_GC *= key_scale * LOG2_E
         else:
-            logits_GC = soft_cap * (LOG2_E * jnp.tanh(logits_GC * (scale / soft_cap)))
+            logits_GC = soft_cap * (LOG2_E * jnp.tanh(logits_GC * (key_scale / soft_cap)))
         logits_GC = jnp.where(visible_C[None, :], logits_GC, MASKED)
         new_high_G = jnp.maximum(high_G, jnp.max(logits_GC, axis=1))
         shrink_G = jnp.exp2(high_G - new_high_G)
         weights_GC = jnp.exp2(logits_GC - new_high_G[:, None])
         values_CH = plt.load(pool_ref.at[values_at_CH], mask=seen_CH, other=0)
         weighted_GH = jax.lax.dot_general(
-            weights_GC.astype(values_CH.dtype),
-            values_CH,
+            weights_GC.astype(q_GH.dtype),
+            values_CH.astype(q_GH.dtype),
             (((1,), (0,)), ((), ())),
             precision=precision,
             preferred_element_type=jnp.float32,
@@ -202,7 +220,8 @@ def _decode_kernel(
             jnp.zeros(queries_G.shape, jnp.float32),
             jnp.zeros(q_GH.shape, jnp.float32),
         )
-        return jax.lax.fori_loop(first_tile, end_tile, absorb, state)[1:]
+        _, high_G, total_G, values_GH = jax.lax.fori_loop(first_tile, end_tile, absorb, state)
+        return high_G, total_G, values_GH * value_scale if has_scales else values_GH
 
     if not partial_refs:
         _, total_G, values_GH = attend(first_split)

@@ -16,14 +16,20 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, Real
 
-from pallas_kernels.gpu.common import LOG2_E, absorb_sinks, check_dtypes, indices
+from pallas_kernels.gpu.common import (
+    LOG2_E,
+    MAX_ELEMENTS,
+    absorb_sinks,
+    check_arrays,
+    indices,
+)
 from pallas_kernels.gpu.tiles import MIN_TILE_TOKENS, padded_size
 from pallas_kernels.layout import MASKED, PagedBatch
+from pallas_kernels.quantize import product_dtype
 
 SMALL_CAPABILITIES = ("8.6", "8.9", "12.0", "12.1")  # 99 KiB of shared memory, others 163 or more
-MAX_ELEMENTS = 2**31 - 1  # offsets into an array are int32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +60,7 @@ class RaggedConfig:
 
 def paged_prefill(
     q: Float[Array, "T N H"],
-    pool: Float[Array, "P K S W"],
+    pool: Real[Array, "P K S W"],
     batch: PagedBatch,
     decoded: Float[Array, "B N H"],
     *,
@@ -62,6 +68,7 @@ def paged_prefill(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
+    kv_scales: Float[Array, "2 K"] | None = None,
     config: RaggedConfig | None = None,
     interpret: bool = False,
 ) -> Float[Array, "T N H"]:
@@ -88,12 +95,15 @@ def paged_prefill(
         max_blocks=M,
         query_rows=config.query_rows,
         context_tokens=config.context_tokens,
+        dtype=product_dtype(q, pool),
+        has_scales=kv_scales is not None,
         scale=scale,
         window=window,
         soft_cap=soft_cap,
         exp2=_exp2_by_jnp if interpret else _exp2_by_gpu,
     )
-    more = [] if sinks is None else [sinks]
+    more = [] if kv_scales is None else [kv_scales.astype(jnp.float32)]
+    more += [] if sinks is None else [sinks]
     out = pl.pallas_call(
         kernel,
         name="paged_prefill",
@@ -123,7 +133,7 @@ def _with_decoded(
 
 
 def default_config(
-    q: Float[Array, "T N H"], pool: Float[Array, "P K S W"], *, small: bool | None = None
+    q: Float[Array, "T N H"], pool: Real[Array, "P K S W"], *, small: bool | None = None
 ) -> RaggedConfig:
     """Sizes that compile without a spilled register for compute capability 8.0, 8.9 and 9.0.
 
@@ -132,7 +142,9 @@ def default_config(
     """
     _, N, H = q.shape
     lanes, rows = padded_size(H), pl.next_power_of_2(N // pool.shape[1])
-    if pool.dtype == jnp.float32:  # without matrix instructions operands fill the registers
+    if (
+        product_dtype(q, pool) == jnp.float32
+    ):  # without matrix instructions operands fill the registers
         size, num_warps = (32, 4) if lanes <= 64 else (16, 8)
         return RaggedConfig(
             query_rows=max(rows, size),
@@ -154,8 +166,8 @@ def _is_small() -> bool:
     return getattr(jax.devices()[0], "compute_capability", None) in SMALL_CAPABILITIES
 
 
-def _check(q: Float[Array, "T N H"], pool: Float[Array, "P K S W"]) -> None:
-    check_dtypes(q, pool)
+def _check(q: Float[Array, "T N H"], pool: Real[Array, "P K S W"]) -> None:
+    check_arrays(q, pool)
     if q.size > MAX_ELEMENTS:
         raise ValueError(
             f"q must have at most {MAX_ELEMENTS} elements, got {q.size}: offsets are int32; "
@@ -191,26 +203,33 @@ def _prefill_kernel(
     tables_ref,  # i32[B * M]
     pool_ref,  # [P * K * S, W]
     q_ref,  # [T * N * H]
-    *refs,  # [N], the sinks, where there are any; then o_ref, [T * N * H], the memory of q_ref
+    *refs,  # f32[2, K], the scales of a pool of eight bits; [N], the sinks, where there are any;
+    # then o_ref, [T * N * H], the memory of q_ref
     heads: tuple[int, int, int],
     block_size: int,
     max_blocks: int,
     query_rows: int,
     context_tokens: int,
+    dtype: jnp.dtype,
+    has_scales: bool,
     scale: float,
     window: int | None,
     soft_cap: float | None,
     exp2: Callable[[Array, float, Array], Array],
 ):
     """One tile of queries of one KV head: Q rows of queries against C tokens at a time."""
-    *sinks_refs, o_ref = refs
+    scale_refs, (*sinks_refs, o_ref) = refs[:has_scales], refs[has_scales:]
     N, K, H = heads
     S, G, C = block_size, N // K, context_tokens
     program = pl.program_id(0)
     head, tile = program % K, program // K
     num_tokens = tiles_ref[tile, 2]
-    precision = jax.lax.Precision.HIGHEST if pool_ref.dtype == jnp.float32 else None
-    factor = LOG2_E if soft_cap is not None else scale * LOG2_E
+    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    key_scale, value_scale = scale, 1.0
+    if has_scales:
+        key_scale, value_scale = scale * scale_refs[0][0, head], scale_refs[0][1, head]
+    # What is masked has to stay the lowest: a silent head's scale would leave nothing of it.
+    factor = scale * LOG2_E if soft_cap is None and not has_scales else LOG2_E
 
     @pl.when(num_tokens > 0)
     def _attend():
@@ -224,7 +243,7 @@ def _prefill_kernel(
         # Where G is no power of two, the tile's last rows are the first of the next one.
         mine_Q = (tokens_Q < num_tokens) & (rows_Q < query_rows // G * G)
         mine_QH = mine_Q[:, None] & (lanes_H < H)[None, :]
-        q_QH = plt.load(q_ref.at[q_offsets_QH], mask=mine_QH, other=0).astype(pool_ref.dtype)
+        q_QH = plt.load(q_ref.at[q_offsets_QH], mask=mine_QH, other=0).astype(dtype)
 
         def load_ids(turn):
             """The block of each of a turn's tokens; the null block behind the row's last one."""
@@ -239,8 +258,9 @@ def _prefill_kernel(
             if seen_C is not None:
                 masks.append(seen_C[:, None])
             if not masks:
-                return plt.load(at_CH)
-            return plt.load(at_CH, mask=functools.reduce(jnp.logical_and, masks), other=0)
+                return plt.load(at_CH).astype(dtype)
+            mask = functools.reduce(jnp.logical_and, masks)
+            return plt.load(at_CH, mask=mask, other=0).astype(dtype)
 
         # Turns from `start` to `end`; every query sees whole those from `inner` to `outer`.
         start, outer, end = jnp.int32(0), (first + 1) // C, last // C + 1
@@ -270,7 +290,9 @@ def _prefill_kernel(
             keys_CH = load_kv(ids_C, positions_C, None, 0)
             logits_QC = _dot(q_QH, keys_CH.T, precision)
             if soft_cap is not None:
-                logits_QC = soft_cap * jnp.tanh(logits_QC * (scale / soft_cap))
+                logits_QC = soft_cap * jnp.tanh(logits_QC * (key_scale / soft_cap))
+            elif has_scales:
+                logits_QC *= key_scale
             # A branch, not a loop of its own for each part: that would start the loads anew.
             is_edge = (turn < inner) | (turn >= outer)
             logits_QC = jax.lax.cond(is_edge, hide, lambda x: x, logits_QC)
@@ -295,7 +317,7 @@ def _prefill_kernel(
             sinks_Q = plt.load(sinks_refs[0].at[head * G + rows_Q % G])
             total_Q, shrink_Q = absorb_sinks(sinks_Q, high_Q, total_Q)
             values_QH *= shrink_Q[:, None]
-        out_QH = values_QH / total_Q[:, None]
+        out_QH = values_QH * value_scale / total_Q[:, None]
         plt.store(o_ref.at[q_offsets_QH], out_QH.astype(o_ref.dtype), mask=mine_QH)
 
 

@@ -43,9 +43,9 @@ OPTIONS = [{}, {"window": 19, "soft_cap": 3.0}]
 # One for each of six heads: next to nothing, low, in between, high, and all there is.
 SINKS = np.array([-60, -2, 0.3, 1.7, 8, 90], np.float32)
 EIGHT_BITS = ["int8", "float8_e4m3fn"]
-GPU = Backend.PALLAS_GPU_INTERPRET
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_backend_and_gpu = pytest.mark.parametrize("backend", [*BACKENDS, Backend.PALLAS_GPU_INTERPRET])
 each_pool = pytest.mark.parametrize("dtype", EIGHT_BITS)
 
 
@@ -103,7 +103,7 @@ def test_sinks_have_a_dtype_of_their_own(backend: Backend):
     assert_agrees(case, backend, "bfloat16", sinks=SINKS.astype(jnp.bfloat16), window=40)
 
 
-@each_backend
+@each_backend_and_gpu
 @each_pool
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_quantized_pools_agree_with_dense_attention(
@@ -123,7 +123,7 @@ def test_quantized_head_sizes_agree_with_dense_attention(dtype: str, head_size: 
     assert_agrees(case, Backend.CPU, kv_scales=kv_scales, sinks=SINKS)
 
 
-@each_backend
+@each_backend_and_gpu
 @pytest.mark.parametrize(
     ("dtype", "query_dtype"), [("int8", "bfloat16"), ("float8_e4m3fn", "float16")]
 )
@@ -132,7 +132,7 @@ def test_a_quantized_pool_takes_a_query_of_16_bits(backend: Backend, dtype: str,
     assert_agrees(case, backend, query_dtype, kv_scales=kv_scales)
 
 
-@each_backend
+@each_backend_and_gpu
 def test_every_number_of_float8_is_read_as_it_is(backend: Backend):
     """A row of one token gives its value back: subnormals, the largest, both zeros and NaN."""
     codes = np.arange(256, dtype=np.uint8).view(jnp.float8_e4m3fn)
@@ -252,7 +252,9 @@ def test_xla_makes_no_wider_copy_of_an_int8_pool():
     assert memory.temp_size_in_bytes < pool.size // 4
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, Backend.PALLAS_TPU_INTERPRET, GPU])
+@pytest.mark.parametrize(
+    "backend", [*BACKENDS, Backend.PALLAS_TPU_INTERPRET, Backend.PALLAS_GPU_INTERPRET]
+)
 @pytest.mark.parametrize(
     ("pool_dtype", "with_scales", "message"),
     [
@@ -288,12 +290,15 @@ def test_scales_that_do_not_go_with_the_pool_are_refused(
         write_kv(pool, kv, kv, jnp.zeros(len(q), jnp.int32), **options)
 
 
-@each_pool
-def test_the_gpu_kernels_refuse_eight_bits_and_name_xla(dtype: str):
-    case, kv_scales = quantized(make_case([(1, 9), (3, 11)]), dtype)
-    message = f"pallas-gpu-interpret needs a pool of 16 or 32 bits, got {dtype}; use `xla`"
-    with pytest.raises(ValueError, match=message):
-        run(case, GPU, kv_scales=kv_scales)
+def test_a_pool_of_eight_bits_too_large_for_the_gpu_kernels_is_refused():
+    spec: Any = jax.ShapeDtypeStruct
+    shape = 1 << 17, 8, 16, 256  # 4 GiB, where the offsets of the kernels are int32
+    batch = spec((4, 8), jnp.int32), spec((4,), jnp.int32)
+    attend = functools.partial(
+        paged_decode, scale=SCALE, kv_scales=jnp.ones((2, 8)), backend=Backend.PALLAS_GPU_INTERPRET
+    )
+    with pytest.raises(ValueError, match="make it of fewer blocks, or use `xla`"):
+        jax.eval_shape(attend, spec((4, 8, 128), jnp.float32), spec(shape, jnp.int8), *batch)
 
 
 def test_scales_for_a_dtype_without_are_refused():

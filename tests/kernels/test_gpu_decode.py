@@ -183,17 +183,14 @@ def test_a_cut_that_cannot_be_is_refused(change: dict[str, Any], message: str):
         dataclasses.replace(SMALL, **change)
 
 
-@pytest.mark.parametrize("name", ["q", "pool"])
-def test_eight_bits_are_refused(name: str):
+@pytest.mark.parametrize(("name", "dtype"), [("q", "float8_e4m3fn"), ("pool", "float8_e5m2")])
+def test_dtypes_that_the_kernel_does_not_take_are_refused(name: str, dtype: str):
     case = decode_case([9])
-    q, pool = jnp.asarray(case.q[:3]), jnp.asarray(case.pool)
-    if name == "q":
-        q = q.astype(jnp.float8_e4m3fn)
-    else:
-        pool = pool.astype(jnp.float8_e4m3fn)
+    arrays = {"q": jnp.asarray(case.q[:3]), "pool": jnp.asarray(case.pool)}
+    arrays[name] = arrays[name].astype(dtype)
     tables, lens = case.batch.block_tables, case.batch.seq_lens
-    with pytest.raises(ValueError, match="got float8_e4m3fn; or use `xla`"):
-        paged_decode(q, pool, tables, lens, scale=SCALE, interpret=True)
+    with pytest.raises(ValueError, match=rf"got {dtype}; or use `xla`"):
+        paged_decode(*arrays.values(), tables, lens, scale=SCALE, interpret=True)
 
 
 def test_a_wrong_shape_is_refused_by_the_annotations():
