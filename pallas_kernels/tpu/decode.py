@@ -15,33 +15,24 @@ from jaxtyping import Array, Float, Int32, Real
 
 from pallas_kernels.tpu.device import (
     LANES,
+    STREAMED_DTYPES,
     SUBLANES,
     check_pool,
     num_cores,
     simulator,
-    whole_lanes,
+    streaming_params,
 )
 from pallas_kernels.tpu.ring import Ring, Walk, clear_unseen
-from pallas_kernels.tpu.softmax import Head, Softmax, absorb, head_lanes
-from pallas_kernels.tpu.tiles import tuned_tile
+from pallas_kernels.tpu.softmax import Head, Softmax, absorb, compute_dtype, head_lanes
+from pallas_kernels.tpu.tiles import KvTile, block_bytes, longest_tile, tuned_tile, usual_ring
 
-DTYPES = ("bfloat16", "float32", "int8", "float8_e4m3fn")  # that a pool may have
 MAX_TILE_BYTES = 2 << 20  # a ring of them, queries and results fit the 16 MiB of a v5e program
 MAX_LOGITS = 48 << 10  # of the heads that are computed on at once: registers hold 64 K floats
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DecodeTile:
-    """How the kernel cuts a context: blocks of a tile, and tiles in the ring."""
-
-    blocks: int
-    ring: int = 3
-
-    def __post_init__(self) -> None:
-        if self.blocks < 1:
-            raise ValueError(f"a tile must have at least 1 block, got {self.blocks}")
-        if self.ring < 2:
-            raise ValueError(f"a ring must have at least 2 tiles, got {self.ring}")
+class DecodeTile(KvTile):
+    """How the kernel is cut."""
 
 
 def paged_decode(
@@ -70,7 +61,7 @@ def paged_decode(
     B, N, H = q.shape
     _, K, _, W = pool.shape
     G = N // K
-    check_pool(pool, DTYPES)
+    check_pool(pool, STREAMED_DTYPES)
     queries = _padded(G)
     # Float32, since Mosaic cannot take half a register of bfloat16 on v5e.
     q_BKQV = q.reshape(B, K, G, H).astype(jnp.float32)
@@ -97,13 +88,6 @@ def paged_decode(
     return out_BKGV[:, :, :G, -H:].reshape(B, N, H).astype(q.dtype)
 
 
-def compute_dtype(q: Float[Array, "..."], pool: Real[Array, "..."]) -> jnp.dtype:
-    """What queries, keys and values are multiplied in; a quantised pool's are exact in either."""
-    if pool.dtype in (jnp.bfloat16, jnp.float32):
-        return pool.dtype
-    return jnp.dtype(jnp.bfloat16 if q.dtype == jnp.bfloat16 else jnp.float32)
-
-
 def choose_tile(
     q: Float[Array, "B N H"], pool: Real[Array, "P K S W"], max_blocks: int
 ) -> DecodeTile:
@@ -117,23 +101,18 @@ def choose_tile(
     return dataclasses.replace(tile, blocks=min(tile.blocks, longest_tile(S, max_blocks)))
 
 
-def longest_tile(block_size: int, max_blocks: int) -> int:
-    """Blocks of a tile that holds a whole context: a power of two, in whole registers."""
-    return pl.next_power_of_2(max(max_blocks, LANES // block_size))
-
-
 def default_tile(pool: Real[Array, "P K S W"], max_blocks: int, group: int) -> DecodeTile:
     """As many tokens as the ring and the registers hold, a power of two of blocks.
 
     Hundreds: fewer in flight and the latency of a copy shows, and one head's steps wait for each
     other. No longer than a table.
     """
-    _, K, S, W = pool.shape
-    # A quantised tile is there once more in what it is multiplied in.
-    block_bytes = K * S * whole_lanes(W) * max(pool.dtype.itemsize, 2)
-    blocks = min(MAX_TILE_BYTES // block_bytes, MAX_LOGITS // (_padded(group) * S * min(K, 3)))
+    _, K, S, _ = pool.shape
+    most_logits = MAX_LOGITS // (_padded(group) * S * min(K, 3))
+    blocks = min(MAX_TILE_BYTES // block_bytes(pool), most_logits)
     blocks = min(max(1, blocks), longest_tile(S, max_blocks))
-    return DecodeTile(blocks=1 << (blocks.bit_length() - 1))
+    ring = usual_ring(pool, MAX_TILE_BYTES)
+    return DecodeTile(blocks=1 << (blocks.bit_length() - 1), ring=ring)
 
 
 def _padded(group: int) -> int:
@@ -212,10 +191,7 @@ def _decode_call(
             pltpu.VMEM((K, Q, LANES), jnp.float32),
             pltpu.VMEM((K, Q, V), jnp.float32),
         ],
-        # Block ids are the scheduler's own; to check each costs more than to start its copy.
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), disable_bounds_checks=True
-        ),
+        compiler_params=streaming_params(tile.ring_bytes(pool), interpret),
         interpret=interpret,
     )(seq_lens, block_tables, block_tables, q, pool, sinks, kv_scales)[:B]
 

@@ -16,11 +16,18 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32, Real
 
 from pallas_kernels.layout import PagedBatch
-from pallas_kernels.tpu.decode import DTYPES, compute_dtype, longest_tile
-from pallas_kernels.tpu.device import LANES, check_pool, num_cores, simulator, whole_lanes
+from pallas_kernels.tpu.device import (
+    LANES,
+    STREAMED_DTYPES,
+    check_pool,
+    num_cores,
+    simulator,
+    streaming_params,
+    whole_lanes,
+)
 from pallas_kernels.tpu.ring import Ring, Walk, clear_unseen
-from pallas_kernels.tpu.softmax import Head, Softmax, absorb, head_lanes
-from pallas_kernels.tpu.tiles import tuned_tile
+from pallas_kernels.tpu.softmax import Head, Softmax, absorb, compute_dtype, head_lanes
+from pallas_kernels.tpu.tiles import KvTile, block_bytes, longest_tile, tuned_tile, usual_ring
 
 # Of the KV heads that are computed on at once. Four times what the registers hold: one head's steps
 # wait for each other more than what is put aside costs (benchmarks.tpu_static).
@@ -33,22 +40,17 @@ TILE_BYTES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RaggedTile:
-    """How the work is cut: tokens of a query tile, blocks of a KV tile, KV tiles in the ring."""
+class RaggedTile(KvTile):
+    """How the kernel is cut: also the tokens of a query tile."""
 
     tokens: int
-    blocks: int
-    ring: int = 3
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.tokens < 1 or self.tokens % MIN_TOKENS:
             raise ValueError(
                 f"a query tile must have a multiple of {MIN_TOKENS} tokens, got {self.tokens}"
             )
-        if self.blocks < 1:
-            raise ValueError(f"a KV tile must have at least 1 block, got {self.blocks}")
-        if self.ring < 2:
-            raise ValueError(f"a ring must have at least 2 tiles, got {self.ring}")
 
 
 def paged_prefill(
@@ -73,7 +75,7 @@ def paged_prefill(
     """
     T, _, H = q.shape
     W = pool.shape[3]
-    check_pool(pool, DTYPES)
+    check_pool(pool, STREAMED_DTYPES)
     tile = tile or choose_tile(q, pool, batch.block_tables.shape[1])
     q_NTW = jnp.pad(
         q.transpose(1, 0, 2).astype(compute_dtype(q, pool)),
@@ -119,15 +121,14 @@ def choose_tile(
 def default_tile(q: Float[Array, "T N H"], pool: Real[Array, "P K S W"]) -> RaggedTile:
     """As many tokens as their queries, answers and sums leave room for in VMEM."""
     T, N, _ = q.shape
-    _, K, S, W = pool.shape
+    S, W = pool.shape[2:]
     lanes = whole_lanes(head_lanes(W))
     # Queries and answers twice, since the next ones arrive meanwhile; values; two columns.
     token_bytes = N * (lanes * (4 * q.dtype.itemsize + 4) + 2 * 4 * LANES)
     tokens = min(max(QUERIES_BYTES // token_bytes, MIN_TOKENS), MAX_TOKENS)
     tokens = min(1 << (tokens.bit_length() - 1), pl.cdiv(T, MIN_TOKENS) * MIN_TOKENS)
-    block_bytes = K * S * whole_lanes(W) * max(pool.dtype.itemsize, 2)
-    blocks = max(1, min(CONTEXT_TOKENS // S, TILE_BYTES // block_bytes))
-    return RaggedTile(tokens=tokens, blocks=blocks)
+    blocks = max(1, min(CONTEXT_TOKENS // S, TILE_BYTES // block_bytes(pool)))
+    return RaggedTile(tokens=tokens, blocks=blocks, ring=usual_ring(pool, TILE_BYTES))
 
 
 def _with_decoded(
@@ -242,10 +243,7 @@ def ragged_call(
             ],
         ),
         out_shape=jax.ShapeDtypeStruct((N, T, V), out_dtype),
-        # Block ids are the scheduler's own; to check each costs more than to start its copy.
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), disable_bounds_checks=True
-        ),
+        compiler_params=streaming_params(tile.ring_bytes(pool), interpret),
         interpret=interpret,
     )(visits, block_tables, block_tables, q, pool, sinks, kv_scales)
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Real
 
 from pallas_kernels.layout import MASKED
 from pallas_kernels.tpu.device import LANES
@@ -60,6 +60,13 @@ class Head(NamedTuple):
         """Likewise."""
         W = self.kv.shape[1]
         return self.kv[:, W - head_lanes(W) :].astype(self.q.dtype)
+
+
+def compute_dtype(q: Float[Array, "..."], pool: Real[Array, "..."]) -> jnp.dtype:
+    """What queries, keys and values are multiplied in; a quantised pool's are exact in either."""
+    if pool.dtype in (jnp.bfloat16, jnp.float32):
+        return pool.dtype
+    return jnp.dtype(jnp.bfloat16 if q.dtype == jnp.bfloat16 else jnp.float32)
 
 
 def splits(lanes: int) -> bool:

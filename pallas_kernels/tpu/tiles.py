@@ -1,18 +1,58 @@
-"""Tiles that were tuned, from the table beside this file: `python -m benchmarks.tune_tpu` fills it.
+"""How contexts are cut into tiles, and the tiles that were tuned, from the table beside this file.
 
-What has no entry is cut by a formula, `default_tile` of each kernel.
+`python -m benchmarks.tune_tpu` fills it. What has no entry is cut by a formula, `default_tile` of
+each kernel.
 """
 
+import dataclasses
 import functools
 import importlib.resources
 import json
 from collections.abc import Mapping
 from typing import Any
 
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Real
 
+from pallas_kernels.tpu.device import LANES, whole_lanes
+
 TABLE = "tiles.json"
+USUAL_RING = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KvTile:
+    """How a context is cut: blocks of a tile, and tiles in the ring."""
+
+    blocks: int
+    ring: int = USUAL_RING
+
+    def __post_init__(self) -> None:
+        if self.blocks < 1:
+            raise ValueError(f"a KV tile must have at least 1 block, got {self.blocks}")
+        if self.ring < 2:
+            raise ValueError(f"a ring must have at least 2 tiles, got {self.ring}")
+
+    def ring_bytes(self, pool: Real[Array, "P K S W"]) -> int:
+        """Bytes of VMEM."""
+        return self.ring * self.blocks * block_bytes(pool)
+
+
+def block_bytes(pool: Real[Array, "P K S W"]) -> int:
+    """Bytes of a block in VMEM; a quantised one is there once more in what it is multiplied in."""
+    _, K, S, W = pool.shape
+    return K * S * whole_lanes(W) * max(pool.dtype.itemsize, 2)
+
+
+def usual_ring(pool: Real[Array, "P K S W"], most_bytes: int) -> int:
+    """Tiles of the ring where a tile may have so many bytes: few where one block has more."""
+    return USUAL_RING if block_bytes(pool) <= most_bytes else 2
+
+
+def longest_tile(block_size: int, max_blocks: int) -> int:
+    """Blocks of a tile that holds a whole context: a power of two, in whole registers."""
+    return pl.next_power_of_2(max(max_blocks, LANES // block_size))
 
 
 def tuned_tile(

@@ -47,6 +47,18 @@ def test_both_kernels_compile_with_every_option(heads, options: dict[str, Any]):
     compile_for_tpu(f"{__name__}:build_step", options={"heads": heads, **options})
 
 
+@pytest.mark.parametrize("heads", [(32, 32, 128), (32, 32, 80)], ids=str)
+def test_blocks_of_megabytes_compile(heads: tuple[int, int, int]):
+    options = {"heads": heads, "block_size": 128, "dtype": "float32", "num_blocks": 512}
+    compile_for_tpu(f"{__name__}:build_step", options=options)
+
+
+def test_blocks_that_no_ring_can_hold_are_refused():
+    options = {"heads": (64, 64, 256), "block_size": 256, "dtype": "float32", "num_blocks": 16}
+    with pytest.raises(RuntimeError, match=r"MiB of VMEM and this TPU has 128; lower block_size"):
+        compile_for_tpu(f"{__name__}:build_step", options=options)
+
+
 def test_tables_of_a_long_context_compile():
     compile_for_tpu(f"{__name__}:build_step", options=LONG)
 
