@@ -20,7 +20,7 @@ from jpaged.runner import Runner
 from jpaged.scheduler import Scheduler
 from jpaged.step import Step
 from jpaged_models import Checkpoint, Decoder, Tokenizer, load_decoder, open_checkpoint
-from pallas_kernels import Backend, choose_backend
+from pallas_kernels import Backend, check_pool_of, choose_backend
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +50,7 @@ def build_engine(options: Options) -> BuiltEngine:
         weights_dtype = _dtype(options.dtype, checkpoint, device)
         # A bfloat16 scatter on a CPU converts the whole pool (JAX 0.10), so it stays float32.
         pool_dtype = jnp.float32 if device.platform == "cpu" else weights_dtype
+        check_pool_of(backend, block_size=limits.block_size, dtype=pool_dtype)
         size = block_bytes(config, block_size=limits.block_size, dtype=pool_dtype, backend=backend)
         num_swap_blocks = swap_blocks(options.swap_space, size=size)
         limits = dataclasses.replace(limits, num_swap_blocks=num_swap_blocks)
@@ -139,6 +140,8 @@ def _dtype(name: str, checkpoint: Checkpoint, device: Device) -> DTypeLike:
     if device.platform == "cpu":
         return jnp.dtype("float32")
     wanted = jnp.dtype("bfloat16" if checkpoint.quantized else checkpoint.config.dtype)
+    if device.platform == "tpu" and wanted == jnp.float16:
+        return jnp.dtype("bfloat16")  # of 16 bits the only one that a TPU computes in
     capability = getattr(device, "compute_capability", None)
     has_bfloat16 = capability is None or float(capability) >= 8.0
     if wanted == jnp.bfloat16 and not has_bfloat16:

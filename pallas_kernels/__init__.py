@@ -1,14 +1,7 @@
 """Attention over a paged pool of keys and values: arrays in, arrays out."""
 
-from pallas_kernels.dispatch import (
-    Backend,
-    choose_backend,
-    copy_blocks,
-    default_backend,
-    paged_attention,
-    paged_decode,
-    write_kv,
-)
+from pallas_kernels.backends import Backend, check_pool_of, choose_backend, default_backend
+from pallas_kernels.dispatch import copy_blocks, paged_attention, paged_decode, write_kv
 from pallas_kernels.layout import (
     NULL_BLOCK,
     PagedBatch,
@@ -25,6 +18,7 @@ __all__ = [
     "NULL_BLOCK",
     "Backend",
     "PagedBatch",
+    "check_pool_of",
     "choose_backend",
     "copy_blocks",
     "default_backend",

@@ -4,7 +4,7 @@ import jax
 from jax.experimental.layout import Format, Layout
 from jax.typing import DTypeLike
 
-from pallas_kernels.dispatch import Backend
+from pallas_kernels.backends import Backend
 from pallas_kernels.tpu.device import whole_lanes
 
 

@@ -15,7 +15,6 @@ from jaxtyping import Array, Float, Int32, Real
 
 from pallas_kernels.tpu.device import (
     LANES,
-    STREAMED_DTYPES,
     SUBLANES,
     check_pool,
     num_cores,
@@ -54,14 +53,14 @@ def paged_decode(
 
     The token is the one at position `seq_lens - 1`, and its K and V are in the pool. Slots at and
     behind `seq_lens`, slots that have left the window and blocks that no row names may hold NaN.
-    Ids of live blocks must be in the pool: the hardware does not look. `static_len` is every row's
-    length, for a compiler's estimate. With `interpret` a TPU is simulated on whatever device there
-    is, as `InterpretParams` say.
+    Ids of live blocks must be in the pool and lengths in the tables: the hardware does not look.
+    `static_len` is every row's length, for a compiler's estimate. With `interpret` a TPU is
+    simulated on whatever device there is, as `InterpretParams` say.
     """
     B, N, H = q.shape
     _, K, _, W = pool.shape
     G = N // K
-    check_pool(pool, STREAMED_DTYPES)
+    check_pool(pool.shape[2], pool.dtype)
     queries = _padded(G)
     # Float32, since Mosaic cannot take half a register of bfloat16 on v5e.
     q_BKQV = q.reshape(B, K, G, H).astype(jnp.float32)

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Real
+from jax.typing import DTypeLike
 
 STREAMED_DTYPES = ("bfloat16", "float32", "int8", "float8_e4m3fn")  # of pools that can be read
 LANES = 128  # of a register
@@ -52,10 +53,12 @@ def streaming_params(
     )
 
 
-def check_pool(pool: Real[Array, "P K S W"], dtypes: Sequence[str]) -> None:
-    """What a kernel asks beyond what `dispatch` asked for every backend."""
-    S = pool.shape[2]
-    if S % SUBLANES:
-        raise ValueError(f"block size must be a multiple of {SUBLANES}, got {S}; or use `xla`")
-    if pool.dtype.name not in dtypes:
-        raise ValueError(f"the pool must be one of {dtypes}, got {pool.dtype}; or use `xla`")
+def check_pool(block_size: int, dtype: DTypeLike, dtypes: Sequence[str] = STREAMED_DTYPES) -> None:
+    """What a kernel asks beyond what every backend does; raises ValueError."""
+    if block_size % SUBLANES:
+        raise ValueError(
+            f"block size must be a multiple of {SUBLANES}, got {block_size}; or use `xla`"
+        )
+    name = jnp.dtype(dtype).name
+    if name not in dtypes:
+        raise ValueError(f"the pool must be one of {dtypes}, got {name}; or use `xla`")

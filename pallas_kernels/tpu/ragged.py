@@ -1,9 +1,8 @@
 """Prefill attention on a TPU: many query tokens of a row at once, against the row's blocks.
 
 The T axis is cut at multiples of a query tile. A tile that holds tokens of several rows is visited
-once for each of them; a visit computes the whole tile and keeps the tokens of its row. So a token's
-bits depend on where its row's tokens stand in their tiles only by rows that are computed beside it,
-each on its own. pallas_kernels/README.md draws it.
+once for each of them; a visit computes the whole tile and keeps the tokens of its row. A token's bits do
+not depend on the other rows of its tile: no step mixes them. pallas_kernels/README.md draws it.
 """
 
 import dataclasses
@@ -18,7 +17,6 @@ from jaxtyping import Array, Float, Int32, Real
 from pallas_kernels.layout import PagedBatch
 from pallas_kernels.tpu.device import (
     LANES,
-    STREAMED_DTYPES,
     check_pool,
     num_cores,
     simulator,
@@ -70,12 +68,12 @@ def paged_prefill(
     """Causal attention of a ragged batch whose decode rows are `decoded` already.
 
     Slots behind a row's length or before all its windows and blocks that no row names may hold
-    NaN. Ids of live blocks must be in the pool: the hardware does not look. Padding tokens get
-    zeros. With `interpret` a TPU is simulated, as `InterpretParams` say.
+    NaN. Ids of live blocks must be in the pool and lengths in the tables: the hardware does not
+    look. Padding tokens get zeros. With `interpret` a TPU is simulated, as `InterpretParams` say.
     """
     T, _, H = q.shape
     W = pool.shape[3]
-    check_pool(pool, STREAMED_DTYPES)
+    check_pool(pool.shape[2], pool.dtype)
     tile = tile or choose_tile(q, pool, batch.block_tables.shape[1])
     q_NTW = jnp.pad(
         q.transpose(1, 0, 2).astype(compute_dtype(q, pool)),
@@ -321,14 +319,14 @@ def _ragged_kernel(
 
     tokens_Q1 = tile * Q + jax.lax.broadcasted_iota(jnp.int32, (Q, 1), 0)
     mine_Q1 = (tokens_Q1 >= my_first) & (tokens_Q1 < my_end)
-    is_new = (visit == 0) | (visits_ref[jnp.maximum(visit - 1, 0), 0] != tile)
 
     def answer(head, _) -> None:
         values = softmax.result(head)
         if kv_scales_ref is not None:
             values *= kv_scales_ref[1, first_kv_head + head // G]
-        # Another row's tokens keep what its visit has given them.
-        others = jnp.where(is_new, 0, o_ref[head].astype(jnp.float32))
+        # Another row's tokens keep what its visit has given them. What no visit owns is undefined
+        # here; `_with_decoded` replaces it.
+        others = o_ref[head].astype(jnp.float32)
         o_ref[head] = jnp.where(mine_Q1, values, others).astype(o_ref.dtype)
 
     jax.lax.fori_loop(0, N, answer, None)

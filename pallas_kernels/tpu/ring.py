@@ -105,7 +105,8 @@ class Ring:
             self._wait(walk, first + place, buffer)
             absorb(first + place, self.buffers.at[buffer], None)
 
-        # What the walk before has fetched of this one, and had this one been longer, of the next.
+        # The walk before has started this one's first tiles, if there was one. Where this walk has
+        # fewer, the rest are the following one's: to start those is this walk's part.
         jax.lax.fori_loop(0, ring - 1, lambda place, _: fetch(place, own=is_first), None)
         if plain_end is not None:
             jax.lax.fori_loop(0, num_plain, take_plain, None)

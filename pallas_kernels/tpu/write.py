@@ -40,7 +40,7 @@ def write_kv(
     is fast is an order in which tokens of one group of slots are neighbours. With `interpret` a
     TPU is simulated on whatever device there is, as `InterpretParams` say.
     """
-    check_pool(pool, DTYPES)
+    check_pool(pool.shape[2], pool.dtype, DTYPES)
     interpret = simulator(interpret)
     for start in range(0, slots.shape[0], MAX_CALL_TOKENS):
         part = slice(start, start + MAX_CALL_TOKENS)

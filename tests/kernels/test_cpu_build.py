@@ -7,7 +7,7 @@ import tempfile
 import numpy as np
 import pytest
 
-from pallas_kernels import Backend, choose_backend, default_backend, dispatch
+from pallas_kernels import Backend, backends, choose_backend, default_backend
 from pallas_kernels.cpu import attention, build
 from pallas_kernels.cpu.build import BuildError
 
@@ -24,7 +24,7 @@ def _nothing_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(attention, "library", library)
     monkeypatch.setattr(attention, "register", attention.register.__wrapped__)
-    dispatch._warn_once.cache_clear()
+    backends._warn_once.cache_clear()
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from jaxtyping import TypeCheckError
 from benchmarks.tpu.topology import TOPOLOGIES, compile_for_tpu, missing_libtpu
 from pallas_kernels import Backend, pool_shape, write_kv
 from pallas_kernels.tpu import write
+from pallas_kernels.tpu.device import whole_lanes
 from tests.kernels import simulator
 from tests.kernels.simulator import Outcome
 
@@ -256,8 +257,10 @@ def check_compiled(chip: str, options: dict[str, Any]) -> None:
     assert not re.search(r"\b(scatter|while)\b", compiled.hlo)
     assert 'custom_call_target="tpu_custom_call"' in compiled.hlo
     num_tokens, *heads = build_write(**options)[1][1].shape
-    word_bytes = 4 * math.prod(heads) * min(num_tokens, write.MAX_CALL_TOKENS)
-    assert compiled.temporary_bytes < 6 * word_bytes + (1 << 20)
+    num_tokens = min(num_tokens, write.MAX_CALL_TOKENS)
+    tile = write._tile_tokens(num_tokens, 4 * heads[0] * whole_lanes(heads[1]))
+    rows = -(-num_tokens // tile) * (tile + 2 * write.GROUP)  # each tile is padded at both ends
+    assert compiled.temporary_bytes < 6 * 4 * math.prod(heads) * rows + (1 << 20)
 
 
 def build_write(

@@ -1,0 +1,115 @@
+"""The backends, and the one place that chooses one."""
+
+import enum
+import functools
+import logging
+
+import jax
+from jax.typing import DTypeLike
+
+from pallas_kernels.cpu import attention as cpu
+from pallas_kernels.cpu.build import BuildError
+from pallas_kernels.tpu import device as tpu
+
+logger = logging.getLogger(__name__)  # unconfigured, Python prints its warnings on stderr
+
+
+class Backend(enum.Enum):
+    """Which code computes attention over the pool."""
+
+    REFERENCE = "reference"
+    XLA = "xla"
+    CPU = "cpu"  # C++ through jax.ffi, compiled on this machine
+    PALLAS_TPU = "pallas-tpu"
+    PALLAS_TPU_INTERPRET = "pallas-tpu-interpret"  # the TPU kernel simulated, for tests
+    PALLAS_GPU = "pallas-gpu"
+    PALLAS_GPU_INTERPRET = "pallas-gpu-interpret"  # the GPU kernel on any device, for tests
+
+
+OLD_TPUS = ("TPU v2", "TPU v3")  # with too few semaphores for the copies on their way
+MIN_CAPABILITY = 8.0  # of a GPU: XLA compiles no Triton below
+TPU_BACKENDS = (Backend.PALLAS_TPU, Backend.PALLAS_TPU_INTERPRET)
+GPU_BACKENDS = (Backend.PALLAS_GPU, Backend.PALLAS_GPU_INTERPRET)
+
+
+def default_backend(platform: str | None = None) -> Backend:
+    """The best backend of a platform ("tpu", "gpu", "cpu"; by default the first device's)."""
+    platform = platform or jax.devices()[0].platform
+    if platform == "cpu":
+        try:
+            cpu.register()
+        except BuildError as reason:
+            _warn_once(f"attention by xla, the CPU kernel is missing: {reason}")
+        else:
+            return Backend.CPU
+    if platform == "gpu":
+        reason = _unfit_gpu()
+        if reason is None:
+            return Backend.PALLAS_GPU
+        _warn_once(f"attention by xla, the GPU kernels cannot run: {reason}")
+    if platform == "tpu":
+        reason = _unfit_tpu()
+        if reason is None:
+            return Backend.PALLAS_TPU
+        _warn_once(f"attention by xla, the TPU kernels cannot run: {reason}")
+    return Backend.XLA
+
+
+def choose_backend(name: str, platform: str) -> Backend:
+    """The backend of a name; "auto" is the platform's default.
+
+    Raises ValueError for a name that does not exist or cannot run on the platform.
+    """
+    if name == "auto":
+        return default_backend(platform)
+    try:
+        backend = Backend(name)
+    except ValueError:
+        names = ["auto", *(backend.value for backend in Backend)]
+        raise ValueError(f"attention_backend must be one of {names}, got {name!r}") from None
+    needs = {Backend.CPU: "cpu", Backend.PALLAS_TPU: "tpu", Backend.PALLAS_GPU: "gpu"}
+    needed = needs.get(backend, platform)
+    if platform != needed:
+        raise ValueError(f"attention_backend={name!r} needs a {needed}, this is a {platform}")
+    if backend is Backend.CPU:
+        try:
+            cpu.register()
+        except BuildError as reason:
+            raise ValueError(f"attention_backend='cpu' cannot be compiled: {reason}") from reason
+    unfit = {Backend.PALLAS_TPU: _unfit_tpu, Backend.PALLAS_GPU: _unfit_gpu}.get(backend)
+    if unfit and (reason := unfit()):
+        raise ValueError(f"attention_backend={name!r} cannot run: {reason}; use 'xla'")
+    return backend
+
+
+def check_pool_of(backend: Backend, *, block_size: int, dtype: DTypeLike) -> None:
+    """Raises ValueError where the backend takes no such pool, before there is one."""
+    if backend in TPU_BACKENDS:
+        tpu.check_pool(block_size, dtype)
+
+
+def _unfit_tpu() -> str | None:
+    """Why the TPU kernels cannot run on the first device, or None."""
+    kind = jax.devices()[0].device_kind
+    return f"they need a TPU v4 or later, this is a {kind}" if kind in OLD_TPUS else None
+
+
+def _unfit_gpu() -> str | None:
+    """Why the GPU kernels cannot run on the first device, or None."""
+    device = jax.devices()[0]
+    capability = str(getattr(device, "compute_capability", ""))
+    try:
+        fits = float(capability) >= MIN_CAPABILITY
+    except ValueError:  # AMD's are names
+        fits = False
+    if fits:
+        return None
+    return (
+        f"they need compute capability {MIN_CAPABILITY}, "
+        f"{device.device_kind} has {capability or 'none'}"
+    )
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
