@@ -5,6 +5,7 @@ import functools
 import logging
 
 import jax
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from pallas_kernels.cpu import attention as cpu
@@ -27,6 +28,7 @@ class Backend(enum.Enum):
 
 
 OLD_TPUS = ("TPU v2", "TPU v3")  # with too few semaphores for the copies on their way
+MIN_FLOAT8_CAPABILITY = 8.9  # Triton converts from float8_e4m3fn on none below
 MIN_CAPABILITY = 8.0  # of a GPU: XLA compiles no Triton below
 TPU_BACKENDS = (Backend.PALLAS_TPU, Backend.PALLAS_TPU_INTERPRET)
 GPU_BACKENDS = (Backend.PALLAS_GPU, Backend.PALLAS_GPU_INTERPRET)
@@ -86,6 +88,13 @@ def check_pool_of(backend: Backend, *, block_size: int, dtype: DTypeLike) -> Non
     """Raises ValueError where the backend takes no such pool, before there is one."""
     if backend in TPU_BACKENDS:
         tpu.check_pool(block_size, dtype)
+    if backend is Backend.PALLAS_GPU and jnp.dtype(dtype) == jnp.float8_e4m3fn:
+        capability = float(getattr(jax.devices()[0], "compute_capability", 0))
+        if capability < MIN_FLOAT8_CAPABILITY:
+            raise ValueError(
+                f"a pool of float8_e4m3fn needs compute capability {MIN_FLOAT8_CAPABILITY}, this "
+                f"GPU has {capability}; take int8, or use `xla`"
+            )
 
 
 def _unfit_tpu() -> str | None:

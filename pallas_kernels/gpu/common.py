@@ -3,7 +3,7 @@
 import math
 
 import jax.numpy as jnp
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int32, Real
 
 from pallas_kernels.quantize import LARGEST
@@ -23,6 +23,11 @@ def check_arrays(q: Float[Array, "T N H"], pool: Real[Array, "P K S W"]) -> None
             f"a pool of eight bits must have at most {MAX_ELEMENTS} elements, got {pool.size}: "
             "offsets are int32; make it of fewer blocks, or use `xla`"
         )
+
+
+def nothing(dtype: DTypeLike) -> int | float:
+    """What a masked load gives in place of what it leaves out: Triton has no 0 of eight bits."""
+    return 0.0 if jnp.issubdtype(dtype, jnp.floating) else 0
 
 
 def indices(*parts: ArrayLike) -> tuple[Int32[Array, "*dims"], ...]:

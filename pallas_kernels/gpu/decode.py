@@ -11,12 +11,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int32, Real
 
-from pallas_kernels.gpu.common import LOG2_E, check_arrays, indices
+from pallas_kernels.gpu.common import LOG2_E, check_arrays, indices, nothing
 from pallas_kernels.gpu.merge import merge
 from pallas_kernels.gpu.splits import ceil_div, live_splits, max_splits
 from pallas_kernels.gpu.tiles import DecodeConfig, decode_config, padded_size
 from pallas_kernels.layout import MASKED
-from pallas_kernels.quantize import product_dtype
+from pallas_kernels.quantize import is_quantized, product_dtype
 
 
 def paged_decode(
@@ -42,7 +42,9 @@ def paged_decode(
     size that the kernel does not take.
     """
     check_arrays(q, pool)
-    config = config or decode_config(q.shape[2], product_dtype(q, pool))
+    config = config or decode_config(
+        q.shape[2], product_dtype(q, pool), is_widened=is_quantized(pool.dtype)
+    )
     num_splits = max_splits(block_tables.shape[1] * pool.shape[2], config.split_tokens, window)
     num_splits = max(num_splits, 1 if sinks is None else 2)  # the merge takes sinks in
     partials = _decode_call(
@@ -151,6 +153,7 @@ def _decode_kernel(
     start = 0 if window is None else jnp.maximum(end - window, 0)
     first_split, end_split = live_splits(end, config.split_tokens, window)
     precision = jax.lax.Precision.HIGHEST if q_ref.dtype == jnp.float32 else None
+    other = nothing(pool_ref.dtype)
     key_scale, value_scale = scale, 1.0
     if has_scales:
         key_scale, value_scale = scale * scale_refs[0][0, head], scale_refs[0][1, head]
@@ -180,7 +183,7 @@ def _decode_kernel(
         seen_CH = visible_C[:, None] & (lanes_H < H)[None, :]
         keys_at_CH = indices(rows_C[:, None], lanes_H[None, :])
         values_at_CH = indices(rows_C[:, None], H + lanes_H[None, :])
-        keys_CH = plt.load(pool_ref.at[keys_at_CH], mask=seen_CH, other=0)
+        keys_CH = plt.load(pool_ref.at[keys_at_CH], mask=seen_CH, other=other)
         logits_GC = jax.lax.dot_general(
             q_GH,
             keys_CH.astype(q_GH.dtype),
@@ -196,7 +199,7 @@ def _decode_kernel(
         new_high_G = jnp.maximum(high_G, jnp.max(logits_GC, axis=1))
         shrink_G = jnp.exp2(high_G - new_high_G)
         weights_GC = jnp.exp2(logits_GC - new_high_G[:, None])
-        values_CH = plt.load(pool_ref.at[values_at_CH], mask=seen_CH, other=0)
+        values_CH = plt.load(pool_ref.at[values_at_CH], mask=seen_CH, other=other)
         weighted_GH = jax.lax.dot_general(
             weights_GC.astype(q_GH.dtype),
             values_CH.astype(q_GH.dtype),

@@ -24,6 +24,7 @@ from pallas_kernels.gpu.common import (
     absorb_sinks,
     check_arrays,
     indices,
+    nothing,
 )
 from pallas_kernels.gpu.tiles import MIN_TILE_TOKENS, padded_size
 from pallas_kernels.layout import MASKED, PagedBatch
@@ -145,11 +146,11 @@ def default_config(
     if (
         product_dtype(q, pool) == jnp.float32
     ):  # without matrix instructions operands fill the registers
-        size, num_warps = (32, 4) if lanes <= 64 else (16, 8)
+        size = 32 if lanes <= 64 else 16
         return RaggedConfig(
             query_rows=max(rows, size),
             context_tokens=size,
-            num_warps=num_warps,
+            num_warps=8,
             num_stages=2 if lanes <= 128 else 1,
         )
     if lanes > 128:
@@ -260,7 +261,8 @@ def _prefill_kernel(
             if not masks:
                 return plt.load(at_CH).astype(dtype)
             mask = functools.reduce(jnp.logical_and, masks)
-            return plt.load(at_CH, mask=mask, other=0).astype(dtype)
+            other = nothing(pool_ref.dtype)
+            return plt.load(at_CH, mask=mask, other=other).astype(dtype)
 
         # Turns from `start` to `end`; every query sees whole those from `inner` to `outer`.
         start, outer, end = jnp.int32(0), (first + 1) // C, last // C + 1

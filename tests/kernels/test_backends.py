@@ -91,3 +91,12 @@ def test_a_pool_that_a_tpu_does_not_take_is_refused_before_it_is_there(
     check_pool_of(Backend.PALLAS_TPU, block_size=16, dtype="bfloat16")
     with pytest.raises(ValueError, match=message):
         check_pool_of(Backend.PALLAS_TPU, block_size=block_size, dtype=dtype)
+
+
+def test_float8_on_a_gpu_that_cannot_convert_it_is_refused(monkeypatch: pytest.MonkeyPatch):
+    use(monkeypatch, Gpu("8.9"))
+    check_pool_of(Backend.PALLAS_GPU, block_size=16, dtype="float8_e4m3fn")
+    use(monkeypatch, Gpu("8.0"))
+    check_pool_of(Backend.PALLAS_GPU, block_size=16, dtype="int8")
+    with pytest.raises(ValueError, match=r"capability 8\.9, this GPU has 8\.0; take int8, or use"):
+        check_pool_of(Backend.PALLAS_GPU, block_size=16, dtype="float8_e4m3fn")

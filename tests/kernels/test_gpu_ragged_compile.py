@@ -19,6 +19,10 @@ from tests.kernels.gpu_topology import (
     num_lowered_for_cuda,
 )
 
+EIGHT_BITS = [
+    pytest.param("int8", marks=pytest.mark.kernels),
+    pytest.param("float8_e4m3fn", marks=pytest.mark.kernels),
+]
 with_compiler = pytest.mark.skipif(missing_cuda() is not None, reason=missing_cuda() or "")
 
 
@@ -28,6 +32,8 @@ with_compiler = pytest.mark.skipif(missing_cuda() is not None, reason=missing_cu
         *({"heads": heads} for heads in HEADS),
         {"dtype": "float16", "window": 300, "soft_cap": 30.0},
         {"dtype": "float32", "block_size": 128},
+        {"pool_dtype": "int8"},
+        {"pool_dtype": "float8_e4m3fn", "dtype": "float32"},
     ],
     ids=str,
 )
@@ -40,10 +46,18 @@ def test_prefill_with_sinks_lowers_for_cuda():
 
 
 @with_compiler
+@pytest.mark.parametrize("pool_dtype", [None, *EIGHT_BITS])
 @pytest.mark.parametrize("chip", GPUS)
-def test_prefill_fits_registers_and_shared_memory(chip: str):
-    options = {"small": chip == "sm_89"}
-    compiled = compile_for_gpu(f"{__name__}:build_all", chip=chip, options=options, timeout=600)
+def test_prefill_fits_registers_and_shared_memory(chip: str, pool_dtype: str | None):
+    options = {"small": chip == "sm_89", "pool_dtype": pool_dtype}
+    build = functools.partial(
+        compile_for_gpu, f"{__name__}:build_all", chip=chip, options=options, timeout=600
+    )
+    if (chip, pool_dtype) == ("sm_80", "float8_e4m3fn"):
+        with pytest.raises(RuntimeError, match="cannot cast from `float8_e4m3fn`"):
+            build()
+        return
+    compiled = build()
     assert any(kernel.name == "paged_prefill" for kernel in compiled.kernels)
     for kernel in compiled.kernels:
         assert kernel.shared_bytes < GPUS[chip].shared_memory - 1 << 10
@@ -64,6 +78,7 @@ def build_prefill(
     *,
     heads: tuple[int, int, int] = (9, 3, 64),
     dtype: str = "bfloat16",
+    pool_dtype: str | None = None,
     block_size: int = 16,
     num_tokens: int = 2048,
     num_rows: int = 5,
@@ -76,17 +91,21 @@ def build_prefill(
     shape = pool_shape(num_blocks=num_blocks, num_kv_heads=K, block_size=block_size, head_size=H)
     shapes = [(num_rows, max_blocks), (num_rows + 1,), (num_rows,), ()]
     integers: Any = [jax.ShapeDtypeStruct(each, jnp.int32) for each in shapes]
+    if pool_dtype is not None:
+        options["kv_scales"] = jnp.ones((2, K))
     return functools.partial(ragged.paged_prefill, scale=0.2, **options), (
         jax.ShapeDtypeStruct((num_tokens, N, H), dtype),
-        jax.ShapeDtypeStruct(shape, dtype),
+        jax.ShapeDtypeStruct(shape, pool_dtype or dtype),
         PagedBatch(*integers),
         jax.ShapeDtypeStruct((num_rows, N, H), dtype),
     )
 
 
-def build_all(*, small: bool) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def build_all(
+    *, small: bool, pool_dtype: str | None = None
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """Prefill by every default size in one program, with the options, which take registers."""
-    options = {"block_size": 128, "window": 1000, "soft_cap": 30.0}
+    options = {"block_size": 128, "window": 1000, "soft_cap": 30.0, "pool_dtype": pool_dtype}
     cases = [
         build_prefill(heads=heads, dtype=dtype, sinks=jnp.zeros(heads[0]), **options)
         for heads in ((9, 3, 64), (8, 2, 80), (32, 8, 128), (4, 1, 256))
