@@ -1,6 +1,6 @@
 """Decode attention on a GPU: one query token a row, its context split over many programs.
 
-pallas_kernels/README.md says why it is cut as it is.
+README.md beside this file says why it is cut as it is.
 """
 
 import functools

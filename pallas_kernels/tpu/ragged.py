@@ -2,8 +2,8 @@
 
 The T axis is cut at multiples of a query tile. A tile that holds tokens of several rows is visited
 once for each of them; a visit computes the whole tile and keeps the tokens of its row. A token's
-bits do not depend on the other rows of its tile: no step mixes them. pallas_kernels/README.md draws
-it.
+bits do not depend on the other rows of its tile: no step mixes them. README.md beside this
+file draws it.
 """
 
 import dataclasses
