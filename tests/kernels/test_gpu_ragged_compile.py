@@ -41,6 +41,7 @@ def test_prefill_with_sinks_lowers_for_cuda():
 
 @with_compiler
 @pytest.mark.parametrize("chip", GPUS)
+@pytest.mark.timeout(700)  # more than the compiler's
 def test_prefill_fits_registers_and_shared_memory(chip: str):
     options = {"small": chip == "sm_89"}
     compiled = compile_for_gpu(f"{__name__}:build_all", chip=chip, options=options, timeout=600)
