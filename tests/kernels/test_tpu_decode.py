@@ -29,7 +29,7 @@ from tests.kernels.cases import (
     quantized,
     rounded,
 )
-from tests.kernels.simulator import Outcome, simulate
+from tests.kernels.simulator import Outcome, simulate, strictly_simulated
 
 ROWS = 9
 LENS = [1, 7, 8, 9, 16, 17, 32, 33, 50]  # around a block and a tile
@@ -156,6 +156,21 @@ def test_heads_in_groups_agree_with_numpy(monkeypatch: pytest.MonkeyPatch):
     check(case, run(case, paged_decode=decode.paged_decode))
 
 
+@pytest.mark.parametrize(
+    ("lens", "copies"),
+    [
+        ([50, 0, 33, 8, 0, 17, 90, 1, 9], "on_wait"),
+        ([0, 9, 40, 0, 33], "eager"),  # the first core fetches nothing behind its last row
+    ],
+)
+def test_an_odd_number_of_rows_on_two_cores_agrees_with_numpy(lens: list[int], copies: str):
+    options: dict[str, Any] = {"window": 60, "sinks": SINKS}
+    case, kv_scales = quantized(only_needed(make_rows(lens), window=60), "int8")
+    params = {"num_cores_or_threads": 2, "dma_execution_mode": copies}
+    outcome = run(case, options={"kv_scales": kv_scales, **options}, **params)
+    check(case, outcome, **options)
+
+
 def test_blocks_longer_than_logits_registers_agree_with_numpy():
     case = make_rows([131, 2], block_size=128)
     check(case, run(case, tile_blocks=1))
@@ -218,13 +233,35 @@ def test_blocks_that_arrive_at_once_agree_too():
     check(case, run(case, dma_execution_mode="eager"))
 
 
-@pytest.mark.parametrize("lens", [[50], [9, 9, 9]], ids=["of-a-row", "of-all-rows"])
+@pytest.mark.parametrize(
+    ("lens", "cores"),
+    [([50], 1), ([9, 9, 9], 1), ([9, 0, 9, 9], 2)],
+    ids=["of-a-row", "of-all-rows", "of-the-second-cores-rows"],
+)
 def test_one_buffer_for_all_tiles_is_found_to_race(
-    monkeypatch: pytest.MonkeyPatch, lens: list[int]
+    monkeypatch: pytest.MonkeyPatch, lens: list[int], cores: int
 ):
     slots = Ring._slots
     monkeypatch.setattr(Ring, "_slots", lambda ring, _, *blocks: slots(ring, 0, *blocks))
-    assert run(make_rows(lens), paged_decode=decode.paged_decode).raced
+    case = make_rows(lens)
+    assert run(case, paged_decode=decode.paged_decode, num_cores_or_threads=cores).raced
+
+
+def test_a_race_of_any_kernel_fails_what_is_strictly_simulated(monkeypatch: pytest.MonkeyPatch):
+    slots = Ring._slots
+    monkeypatch.setattr(Ring, "_slots", lambda ring, _, *blocks: slots(ring, 0, *blocks))
+    case = make_rows([50])
+    arrays = jnp.asarray(case.q), jnp.asarray(case.pool), case.batch.block_tables
+    options: dict[str, Any] = {"scale": SCALE, "tile": decode.DecodeTile(blocks=2)}
+    attend = functools.partial(decode.paged_decode, *arrays, interpret=True, **options)
+
+    def raced_and_then_not() -> None:
+        with strictly_simulated():
+            attend(case.batch.seq_lens)
+            attend(jnp.array([1], jnp.int32))
+
+    with pytest.raises(AssertionError, match="there was a race"):
+        raced_and_then_not()
 
 
 def test_blocks_used_before_they_arrived_give_nan(monkeypatch: pytest.MonkeyPatch):

@@ -4,6 +4,7 @@ The simulator fills memory with NaN, and so does every test the slots that no ro
 """
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -184,6 +185,31 @@ def test_head_counts_and_sizes_agree_with_numpy(heads: tuple[int, int, int], dty
     check(case, run(case, dtype), dtype)
 
 
+def test_heads_in_turns_agree_with_numpy(monkeypatch: pytest.MonkeyPatch):
+    # Of four KV heads, with 2 x 16 queries and 16 keys each, three would fit: two divide four.
+    monkeypatch.setattr(ragged, "MAX_LOGITS", 3 * 2 * 16 * 16)
+    case, kv_scales = quantized(make_case([(1, 9), (13, 41), (5, 5)], heads=(8, 4, 16)), "int8")
+    options = {"kv_scales": jnp.asarray(kv_scales)}
+    check(case, run(case, options=options, prefill=ragged.paged_prefill))
+
+
+def test_heads_at_once_divide_the_heads_and_are_as_many_as_fit():
+    for num_heads, fitting in itertools.product(range(1, 17), range(1, 20)):
+        found = ragged.heads_at_once(num_heads, ragged.MAX_LOGITS // fitting)
+        assert found == max(n for n in range(1, fitting + 1) if num_heads % n == 0)
+    assert ragged.heads_at_once(6, 2 * ragged.MAX_LOGITS) == 1
+
+
+@pytest.mark.parametrize("heads", [(8, 4, 16), (3, 3, 16)], ids=["shared", "of-one-core"])
+def test_heads_on_two_cores_agree_with_numpy(heads: tuple[int, int, int]):
+    rows, window = [(1, 30), (7, 50), (2, 2), (20, 33)], 21
+    case, kv_scales = quantized(only_needed(make_case(rows, heads=heads), window), "int8")
+    sinks = np.linspace(-2, 3, heads[0], dtype=np.float32)
+    options: dict[str, Any] = {"window": window, "sinks": sinks}
+    outcome = run(case, options={"kv_scales": kv_scales, **options}, num_cores_or_threads=2)
+    check(case, outcome, **options)
+
+
 @pytest.mark.parametrize("block_size", [16, 128])
 def test_the_default_tile_agrees_with_numpy(block_size: int):
     case = make_case([(1, 29), (37, 290), (3, 130)], block_size=block_size)
@@ -209,10 +235,12 @@ def test_blocks_that_arrive_at_once_agree_too():
     check(case, run(case, dma_execution_mode="eager"))
 
 
-def test_one_buffer_for_all_tiles_is_found_to_race(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("cores", [1, 2])
+def test_one_buffer_for_all_tiles_is_found_to_race(monkeypatch: pytest.MonkeyPatch, cores: int):
     slots = Ring._slots
     monkeypatch.setattr(Ring, "_slots", lambda ring, _, *blocks: slots(ring, 0, *blocks))
-    assert run(case_of([(7, 50)]), prefill=ragged.paged_prefill).raced
+    case = make_case([(7, 50)], heads=(2, 2, 16))
+    assert run(case, prefill=ragged.paged_prefill, num_cores_or_threads=cores).raced
 
 
 def test_blocks_used_before_they_arrived_give_nan(monkeypatch: pytest.MonkeyPatch):

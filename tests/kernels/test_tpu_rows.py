@@ -68,6 +68,12 @@ def test_a_chunk_that_starts_as_far_into_its_tile_is_the_same_in_any_company(
         np.testing.assert_array_equal(chunk, chunks[0])
 
 
+def test_a_chunk_is_the_same_wherever_in_its_tile_it_starts():
+    alone = prefilled((1,), row=1)
+    for before in [(0,), (0, 4), (3,), (0, 5, 3), (4, 3, EMPTY, 3), (5, 3, 3, 4)]:
+        np.testing.assert_array_equal(prefilled((*before, 1), row=1), alone, str(before))
+
+
 def prefilled(order: tuple[int, ...], *, row: int) -> np.ndarray:
     """What the row's tokens get in a batch of such rows; decode rows come first."""
     rows = [(1, 9), (21, 60), (16, 16), (5, 50), (2, 2), (3, 30)]

@@ -175,6 +175,31 @@ def test_not_to_wait_for_copies_gives_other_slots(monkeypatch: pytest.MonkeyPatc
     assert differ(case, simulate(case, write.write_kv)).any()
 
 
+def test_a_group_that_is_all_new_is_not_fetched(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(write, "_merge", lambda *_: None)  # what is stored is what was fetched
+    monkeypatch.setattr(write, "_write_kernel", functools.partial(write._write_kernel))
+    waits = [*run(4, 1, 3), *run(4, 0, 8)]  # the second item of a group
+    case = make_case([*run(2, 0, 8), *run(5, 8, 15), *waits])
+    case = case._replace(pool=jnp.zeros_like(case.pool))
+    # Eager: a copy that nobody waits for comes too.
+    out = simulate(case, write.write_kv, dma_execution_mode="eager").out
+    expected = np.zeros_like(case.expected)
+    expected[2, :, :8] = expected[4, :, :8] = np.nan  # of a buffer that nothing has come to
+    np.testing.assert_array_equal(out, expected)
+
+
+def test_parts_of_a_large_write_are_made_one_after_the_other(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(write, "MAX_CALL_TOKENS", 16)
+    for num_tokens, num_parts in [(16, 1), (17, 2), (48, 3)]:
+        case = make_case([], num_tokens=num_tokens)
+        traced = jax.make_jaxpr(functools.partial(write.write_kv, interpret=True))
+        equations = traced(case.pool, case.kv, case.slots).eqns
+        barriers = [each for each in equations if each.primitive.name == "optimization_barrier"]
+        assert len(barriers) == num_parts - 1
+        used = [id(var) for each in equations for var in each.invars]
+        assert all(id(var) in used for barrier in barriers for var in barrier.outvars)
+
+
 @hypothesis.settings(max_examples=12)
 @hypothesis.given(st.lists(st.tuples(st.integers(0, P * S + 3), st.integers(1, 11)), max_size=6))
 def test_any_runs_in_any_order_agree_with_numpy(runs: list[tuple[int, int]]):
