@@ -7,7 +7,13 @@ Every figure comes from libtpu's compiler: none was measured. A row is one seque
 larger of the estimated cycles and of its KV bytes over the peak of the memory, because the model
 lets copies in flight have the whole bandwidth each. `roof` is the share that the visible tokens'
 bytes, or their products if these take longer, have in that time; `MXU` is the products' share.
-MATMUL and VALU are the shares of those slots that are used in the kernel's busiest loop.
+`steady` is the same of a tile in the middle of many: a probe has one or two rows, and its first
+copies hide behind nothing. MATMUL and VALU are the shares of those slots that are used in the
+kernel's loop that multiplies most. Compile seconds are the least of a row's compilations.
+
+Writes are of 64 and 256 decodes, each in a group of slots of its own, and of a chunk of 512 tokens
+in whole groups; their bytes are those of whole groups, and a tile is a group. `write-xla` is all of
+XLA's program.
 
 What the estimator does, tried on small kernels with libtpu 0.0.52:
 
@@ -29,6 +35,7 @@ import argparse
 import importlib.metadata
 import json
 import pathlib
+import re
 import subprocess
 import sys
 from typing import Any
@@ -52,9 +59,10 @@ def main() -> None:
         heads=options.heads,
         contexts=options.contexts,
     )
+    origin = _origin()
     for row in rows:
-        if not (options.resume and row.name in report["rows"]):
-            report["rows"][row.name] = estimate_row(row, timeout=options.timeout)
+        if row.name not in report["rows"]:
+            report["rows"][row.name] = estimate_row(row, timeout=options.timeout) | origin
             _write(options.out, report)
         print(row_line(report["rows"][row.name]), file=sys.stderr, flush=True)
     print("Compiler estimates, not measured.\n")
@@ -78,32 +86,43 @@ def _options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.resume and options.out is None:
         parser.error("--resume needs the --out of the run that it goes on with")
+    known = {probe: PROBES[probe][2] for probe in options.probes}
+    unknown = set(options.contexts or ()).difference(*known.values())
+    if unknown:
+        have = "; ".join(f"{probe} has {' '.join(map(str, own))}" for probe, own in known.items())
+        parser.error(f"--contexts: no probe has {' '.join(map(str, sorted(unknown)))}; {have}")
     return options
 
 
 def parse_heads(text: str) -> tuple[int, ...]:
     """Query heads, KV heads and head size from N/K/H."""
-    heads = tuple(map(int, text.split("/")))
-    if len(heads) != 3:
-        raise argparse.ArgumentTypeError(f"expected query heads/KV heads/head size, got {text}")
-    return heads
+    if not re.fullmatch(r"[1-9]\d*(/[1-9]\d*){2}", text):
+        raise argparse.ArgumentTypeError(
+            f"expected N/K/H (query heads, KV heads, head size), got {text}"
+        )
+    N, K, H = map(int, text.split("/"))
+    if N % K:
+        raise argparse.ArgumentTypeError(
+            f"query heads must be a multiple of KV heads, got {N} and {K} in {text}"
+        )
+    return N, K, H
 
 
 def _start_report(options: argparse.Namespace) -> dict[str, Any]:
-    host = host_provenance()
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
+    """What is true of all rows; where a row is from stands in it, since a run may go on later."""
     rows = {}
     if options.resume and options.out.exists():
-        rows = json.loads(options.out.read_text())["rows"]
-    return {
-        "benchmark": "tpu_static",
-        "kind": "compiler estimates, not measured",
-        "date": host["date"],
-        "commit": _commit(),
-        "command": host["command"],
-        "versions": versions,
-        "rows": rows,
-    }
+        found = json.loads(options.out.read_text())
+        older = {name: found[name] for name in ("date", "commit") if name in found}
+        older |= found.get("versions", {})  # files of before said it once for all
+        rows = {name: older | row for name, row in found["rows"].items()}
+    return {"benchmark": "tpu_static", "kind": "compiler estimates, not measured", "rows": rows}
+
+
+def _origin() -> dict[str, Any]:
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
+    host = host_provenance()
+    return {"date": host["date"], "commit": _commit(), **versions, "command": host["command"]}
 
 
 def _commit() -> str:

@@ -29,6 +29,8 @@ from benchmarks.tpu.topology import missing_libtpu
 from benchmarks.tpu.trials import compiles, compiles_here, estimate, time_here
 from benchmarks.tpu.tuning import KERNELS, Shape, Tried, search
 from benchmarks.tpu_static import parse_heads
+from pallas_kernels.tpu.decode import DTYPES
+from pallas_kernels.tpu.device import SUBLANES
 from pallas_kernels.tpu.tiles import TABLE, target_chip
 
 TABLE_PATH = ROOT / "pallas_kernels" / "tpu" / TABLE
@@ -93,11 +95,17 @@ def _options() -> argparse.Namespace:
     add = parser.add_argument
     add("--chips", nargs="+", choices=CHIPS, help="to estimate for; default: all of them")
     add("--heads", nargs="+", type=parse_heads, default=list(HEADS), metavar="N/K/H")
-    add("--dtypes", nargs="+", default=["bfloat16"], help="of the pool")
-    add("--block-sizes", nargs="+", type=int, default=[16, 64])
+    add("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16"], help="of the pool")
+    add("--block-sizes", nargs="+", type=_block_size, default=[16, 64])
     add("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
     add("--out", type=pathlib.Path, default=TABLE_PATH, metavar="FILE")
     return parser.parse_args()
+
+
+def _block_size(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0 or int(text) % SUBLANES:
+        raise argparse.ArgumentTypeError(f"expected a multiple of {SUBLANES}, got {text}")
+    return int(text)
 
 
 if __name__ == "__main__":

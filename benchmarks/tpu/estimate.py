@@ -53,7 +53,7 @@ class Kernel:
     """A Pallas kernel's code."""
 
     whole: Code
-    turn: Code  # at that depth of loops which holds most bundles; all of it where there is no loop
+    turn: Code  # at that depth of loops which multiplies most
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,9 +65,16 @@ class Estimate:
     kernels: dict[str, Kernel]  # by the operation's name, as in `cycles`
 
     def of_kernel(self, name: str) -> tuple[int, Kernel]:
-        """Cycles and code of the only kernel of that name."""
-        (found,) = [op for op in self.kernels if re.sub(r"\.\d+$", "", op) == name]
-        return self.cycles[found], self.kernels[found]
+        """Cycles and code of the only kernel of that name.
+
+        Of a program without one: the cycles of all its operations, and the code of the slowest.
+        """
+        found = [op for op in self.kernels if re.sub(r"\.\d+$", "", op) == name]
+        if not found:
+            slowest = max(self.cycles, key=self.cycles.__getitem__)
+            return sum(self.cycles.values()), self.kernels[slowest]
+        (kernel,) = found
+        return self.cycles[kernel], self.kernels[kernel]
 
 
 def estimate_for_tpu(
@@ -117,10 +124,18 @@ def read_kernel(use: str, bundles: str) -> Kernel:
     by_depth: dict[int, list[list[int]]] = {}
     for row, depth in zip(rows, depths, strict=True):
         by_depth.setdefault(depth, []).append(row)
-    looped = [by_depth[depth] for depth in by_depth if depth > 0]
+    matmul = names.index("MATMUL")
+
+    def rank(depth: int) -> tuple[bool, bool, int, int]:
+        # A loop that starts copies may be longer than the one that multiplies, and a loop of one
+        # turn is none.
+        code = by_depth[depth]
+        products = sum(row[matmul] for row in code)
+        return products > 0, depth > 0, products, len(code)
+
     return Kernel(
         whole=_code(names, limits, rows),
-        turn=_code(names, limits, max(looped, key=len, default=rows)),
+        turn=_code(names, limits, by_depth[max(by_depth, key=rank)]),
     )
 
 

@@ -18,7 +18,7 @@ from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention_kern
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel as ragged_peer
 
 from benchmarks.tpu.probe import Probe, Work, kernel_alone
-from benchmarks.tpu.probes import NUM_BLOCKS, ROWS
+from benchmarks.tpu.probes import NUM_BLOCKS, num_rows
 
 
 class _Known:
@@ -36,11 +36,11 @@ def paged_attention(
     heads: tuple[int, int, int],
     context: int,
     tile_blocks: int,
-    rows: int = ROWS,
     block_size: int = 16,
 ) -> Probe:
     """JAX's decode kernel; it has no default for `tile_blocks`, its pages of a compute block."""
     N, K, H = heads
+    rows = num_rows()
     pages = jax.ShapeDtypeStruct((K, NUM_BLOCKS, block_size, H), jnp.bfloat16)
     theirs = decode_peer.paged_flash_attention_kernel_inline_seq_dim
 
@@ -72,7 +72,7 @@ def paged_attention(
         ideal_bytes=kv_bytes,
         flops=rows * context * N * 4 * H,
     )
-    return Probe(function, operands, work)
+    return Probe(function, operands, work, {"blocks": tile_blocks})
 
 
 def ragged_paged_attention(
@@ -120,7 +120,7 @@ def ragged_paged_attention(
         ideal_bytes=ideal_bytes,
         flops=(queries * context - queries * (queries - 1) // 2) * N * 4 * H,
     )
-    return Probe(function, operands, work)
+    return Probe(function, operands, work, {"tokens": query_tile, "blocks": tile_blocks})
 
 
 def _ragged_of_known_lengths(

@@ -17,7 +17,7 @@ class Work(NamedTuple):
 
     rows: int
     tiles: int  # turns of the loop over keys and values: rows x (heads x) tiles of a row
-    kv_bytes: int  # that it reads
+    kv_bytes: int  # that it moves
     ideal_bytes: int  # that the visible tokens hold
     flops: int  # of the two products, without padding and masked logits
     runs: int = 1  # of the probed kernel, which make up all of this
@@ -25,11 +25,12 @@ class Work(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """A kernel alone, and its work."""
+    """A kernel alone, its work and how it cuts that."""
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]  # abstract
     work: Work
+    tile: dict[str, int]  # that the kernel has, whoever chose it; empty where it has none
 
 
 def kernel_alone(

@@ -4,6 +4,7 @@ The kernels' lengths are numbers here, which a trip count needs to be honoured; 
 run is the code that runs in use.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -17,9 +18,11 @@ from pallas_kernels.tpu import decode as decode_kernel
 from pallas_kernels.tpu import ragged as ragged_kernel
 from pallas_kernels.tpu.device import num_cores
 from pallas_kernels.tpu.softmax import head_lanes
+from pallas_kernels.tpu.tiles import target_chip
 
 NUM_BLOCKS = 4096  # of the pool: how many hardly matters
 ROWS = 2  # so that what a row fetches for the next one counts; more make the estimator slow
+ONE_ROW = ("tpu7x",)  # chips of whose copies the estimator loses track with two
 
 
 def decode(
@@ -27,23 +30,25 @@ def decode(
     heads: tuple[int, int, int],
     context: int,
     fitting: int | None = None,
-    rows: int = ROWS,
+    table_blocks: int | None = None,
     block_size: int = 16,
     dtype: str = "bfloat16",
     tile_blocks: int | None = None,
     ring: int = 3,
 ) -> Probe:
-    """`paged_decode` of so many rows a core, of `context` tokens, by default with its own tile.
+    """`paged_decode` of some rows a core, of `context` tokens, by default with its own tile.
 
-    Contexts must be whole tiles; `fitting` is one that its own tile is chosen to fit. The work is
-    one core's.
+    Contexts must be whole tiles; `fitting` is one that its own tile is chosen to fit. Tables are
+    as wide as the context, or have `table_blocks` columns. The work is one core's.
     """
     N, K, H = heads
+    rows = num_rows()
     all_rows = rows * num_cores(interpret=False)
-    pool = _pool(heads, block_size, dtype)
+    pool = abstract_pool(heads, block_size, dtype)
     q: Any = jax.ShapeDtypeStruct((all_rows, N, H), jnp.bfloat16)
     if tile_blocks is None:
-        tile = decode_kernel.choose_tile(q, pool, (fitting or context) // block_size)
+        widest = table_blocks or (fitting or context) // block_size
+        tile = decode_kernel.choose_tile(q, pool, widest)
     else:
         tile = decode_kernel.DecodeTile(blocks=tile_blocks, ring=ring)
     call = functools.partial(
@@ -52,7 +57,7 @@ def decode(
     arguments = (
         q,
         pool,
-        jax.ShapeDtypeStruct((all_rows, context // block_size), jnp.int32),
+        jax.ShapeDtypeStruct((all_rows, table_blocks or context // block_size), jnp.int32),
         jax.ShapeDtypeStruct((all_rows,), jnp.int32),
     )
     function, operands = kernel_alone(call, arguments)
@@ -64,7 +69,12 @@ def decode(
         ideal_bytes=kv_bytes,
         flops=rows * context * N * 4 * H,
     )
-    return Probe(function, operands, work)
+    return Probe(function, operands, work, dataclasses.asdict(tile))
+
+
+def num_rows() -> int:
+    """Of a decode probe, for a core of the chip compiled for."""
+    return 1 if target_chip() in ONE_ROW else ROWS
 
 
 def prefill(
@@ -89,13 +99,13 @@ def prefill(
     G = N // K
     q: Any = jax.ShapeDtypeStruct((queries, N, H), jnp.bfloat16)
     tile = ragged_kernel.choose_tile(
-        q, _pool(heads, block_size, dtype), (fitting or context) // block_size
+        q, abstract_pool(heads, block_size, dtype), (fitting or context) // block_size
     )
     if tile_tokens is not None and tile_blocks is not None:
         tile = ragged_kernel.RaggedTile(tokens=tile_tokens, blocks=tile_blocks, ring=ring)
     cores = ragged_kernel.cores_of_heads(K, interpret=False)
     turn = ragged_kernel.heads_at_once(K // cores, G * tile.tokens * tile.blocks * block_size)
-    pool = _pool((turn * G, turn * cores, H), block_size, dtype)
+    pool = abstract_pool((turn * G, turn * cores, H), block_size, dtype)
     arguments = (
         jax.ShapeDtypeStruct((2, 5), jnp.int32),
         jax.ShapeDtypeStruct((2, 1, context // block_size), jnp.int32),
@@ -114,7 +124,7 @@ def prefill(
         runs=visits,
         turns=K // cores // turn,
     )
-    return Probe(function, operands, work)
+    return Probe(function, operands, work, dataclasses.asdict(tile))
 
 
 def _one_visit(
@@ -142,7 +152,8 @@ def _whole_tiles(context: int, tile_tokens: int) -> int:
     return tiles
 
 
-def _pool(heads: tuple[int, int, int], block_size: int, dtype: str) -> Any:
+def abstract_pool(heads: tuple[int, int, int], block_size: int, dtype: str) -> Any:
+    """A pool of NUM_BLOCKS for so many query heads, KV heads and head size."""
     _, K, H = heads
     shape = pool_shape(num_blocks=NUM_BLOCKS, num_kv_heads=K, block_size=block_size, head_size=H)
     return jax.ShapeDtypeStruct(shape, dtype)

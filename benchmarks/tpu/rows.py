@@ -1,7 +1,9 @@
 """The rows of the table: which kernel on which shape, and one row's figures.
 
-A row is estimated at two contexts, so that their difference is what a tile costs. Of several sizes
-of tile the fastest makes the row.
+A row is estimated at two contexts, so that their difference is what a tile costs; the shorter
+compilation counts, as whatever else runs on the machine makes it longer. Of several sizes of tile
+the fastest makes the row. A write's context is its new tokens, and its tiles are the groups of
+slots that they are in.
 """
 
 import dataclasses
@@ -13,8 +15,10 @@ from benchmarks.aot import NotCompiledError
 from benchmarks.tpu.chips import CHIPS, Chip
 from benchmarks.tpu.estimate import Estimate, estimate_for_tpu
 from benchmarks.tpu.probe import KERNEL, Work
+from benchmarks.tpu.writes import CHUNK
 
 BLOCK_SIZE = 16
+WIDE_TABLE = 8192  # columns, of 128 thousand tokens
 DECODE_CONTEXTS = (1024, 4096, 32768)
 PREFILL = {"queries": 512, "context": 4096}  # a chunk of a prompt, the last tokens of its context
 HEADS = ((32, 8, 128), (9, 3, 64), (14, 2, 64))
@@ -47,13 +51,19 @@ def _tiles(*tile_blocks: int) -> list[Candidate]:
 # Each probe's function, its candidates and the contexts it is asked at.
 _RAGGED_DEFAULT = _tiles(128)  # its table of tuned sizes has no entry for these shapes
 _QUERIES = {"queries": PREFILL["queries"]}
+_WRITES = (64, 256, CHUNK)
 _PROMPT = [{**_QUERIES, **candidate} for candidate in _tiles(32, 64)]
 PROBES: dict[str, tuple[str, list[Candidate], Sequence[int]]] = {
     "decode": ("benchmarks.tpu.probes:decode", [{}], DECODE_CONTEXTS),
     "decode-block-64": ("benchmarks.tpu.probes:decode", [{"block_size": 64}], DECODE_CONTEXTS),
+    "decode-wide-table": (
+        "benchmarks.tpu.probes:decode",
+        [{"table_blocks": WIDE_TABLE}],
+        DECODE_CONTEXTS,
+    ),
     "decode-jax-paged": (
         "benchmarks.tpu.peers:paged_attention",
-        _tiles(64, 128),
+        _tiles(16, 32, 64, 128, 256),
         DECODE_CONTEXTS,
     ),
     "decode-jax-paged-block-128": (
@@ -82,6 +92,8 @@ PROBES: dict[str, tuple[str, list[Candidate], Sequence[int]]] = {
         _PROMPT,
         [PREFILL["context"]],
     ),
+    "write": ("benchmarks.tpu.writes:write", [{}], _WRITES),
+    "write-xla": ("benchmarks.tpu.writes:scatter", [{}], _WRITES),
 }
 
 
@@ -129,8 +141,9 @@ def estimate_row(row: Row, *, timeout: int) -> dict[str, Any]:
 
 
 def _figures(row: Row, candidate: Candidate, timeout: int) -> dict[str, Any]:
-    # The second context is twice as long, or half where that would take the estimator minutes.
-    other = row.context * 2 if row.context <= 4096 else row.context // 2
+    # The second context is twice as long, or half where that would take the estimator minutes; of
+    # a write half as well, since a v5e's estimator aborts on some lists of more than 512 tokens.
+    other = row.context * 2 if 1024 <= row.context <= 4096 else row.context // 2
     found = {}
     for context in (row.context, other):
         options = {"heads": row.heads, "context": context, **_fitting(candidate, row.context)}
@@ -138,15 +151,18 @@ def _figures(row: Row, candidate: Candidate, timeout: int) -> dict[str, Any]:
             row.target, chip=row.chip, options=options, timeout=timeout
         )
     works = {context: Work(*estimate.compiled.extra[0]) for context, estimate in found.items()}
+    seconds = min(estimate.compiled.compile_seconds for estimate in found.values())
     cycles = {context: estimate.of_kernel(KERNEL)[0] for context, estimate in found.items()}
     tile_cycles = (cycles[other] - cycles[row.context]) / (
         works[other].tiles - works[row.context].tiles
     )
     return {
-        "options": _fitting(candidate, row.context),
+        "options": candidate,
+        "tile": found[row.context].compiled.extra[1],
         "tile_cycles": round(tile_cycles * works[row.context].turns),
         **_times(cycles[row.context], tile_cycles, works[row.context], CHIPS[row.chip]),
         **_code_figures(found[row.context]),
+        "compile_seconds": seconds,
     }
 
 
@@ -166,6 +182,8 @@ def _times(cycles: int, tile_cycles: float, work: Work, chip: Chip) -> dict[str,
     time_cycles = max(kernel_cycles, memory_cycles)
     ideal_memory = work.ideal_bytes / work.rows / chip.hbm_bytes
     matrix_cycles = work.flops / work.rows / chip.flops
+    turns = work.tiles / work.rows * work.runs
+    steady_cycles = max(tile_cycles * work.turns, memory_cycles / turns)
     return {
         "kernel_cycles": round(kernel_cycles),
         "memory_cycles": round(memory_cycles),
@@ -176,6 +194,7 @@ def _times(cycles: int, tile_cycles: float, work: Work, chip: Chip) -> dict[str,
         "bytes_per_cycle": round(work.kv_bytes / work.rows / time_cycles),
         "peak_bytes_per_cycle": chip.hbm_bytes,
         "roof": round(max(ideal_memory, matrix_cycles) / time_cycles, 3),
+        "steady_roof": round(max(ideal_memory, matrix_cycles) / turns / steady_cycles, 3),
         "matrix_roof": round(matrix_cycles / time_cycles, 3),
     }
 
@@ -191,5 +210,4 @@ def _code_figures(estimate: Estimate) -> dict[str, Any]:
         "matpush_use": round(kernel.turn.use("MATPUSH"), 3),
         "valu_use": round(kernel.turn.use("VALU"), 3),
         "salu_use": round(kernel.turn.use("SALU"), 3),
-        "compile_seconds": estimate.compiled.compile_seconds,
     }

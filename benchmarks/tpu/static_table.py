@@ -6,7 +6,7 @@ from typing import Any
 _COLUMNS = (
     ("chip", "{chip}"),
     ("heads", "{heads}"),
-    ("context", "{context}"),
+    ("context or new tokens", "{context}"),
     ("probe", "{probe}"),
     ("tile", "{tile}"),
     ("cycles a tile", "{tile_cycles}"),
@@ -15,6 +15,7 @@ _COLUMNS = (
     ("us", "{us}"),
     ("bytes/cycle", "{bytes_per_cycle} of {peak_bytes_per_cycle}"),
     ("roof", "{roof:.0%}"),
+    ("steady", "{steady_roof:.0%}"),
     ("KV", "{kv_of_ideal:.2f}x"),
     ("bundles, in the loop", "{bundles}, {turn_bundles}"),
     ("spills, fills", "{spills}, {fills}"),
@@ -39,6 +40,5 @@ def row_line(row: Mapping[str, Any]) -> str:
     if "reason" in row:
         cells = [form.format(**shown) for _, form in _COLUMNS[:_SHAPE_COLUMNS]]
         return f"| {' | '.join(cells)} | none: {row['reason']} |"
-    options = row["options"]
-    shown["tile"] = " ".join(f"{name} {value}" for name, value in options.items()) or "own"
+    shown["tile"] = " ".join(f"{name} {value}" for name, value in row["tile"].items())
     return f"| {' | '.join(form.format(**shown) for _, form in _COLUMNS)} |"

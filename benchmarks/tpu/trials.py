@@ -15,7 +15,6 @@ from benchmarks.tpu.tuning import Shape, Tile, Tried
 
 SHARE = 512  # tokens of a context that an estimate is of; in prefill for QUERIES queries
 CONTEXT = 16384  # of an estimate: even half of it is several turns of the longest tile
-DECODE_ROWS = {"tpu7x": 1}  # of a probe; with two, its estimator loses track of the copies
 TIMEOUT = 300  # seconds for one compilation
 
 
@@ -27,8 +26,6 @@ def estimate(shape: Shape, tile: Tile) -> Tried | None:
     if shape.kernel == "prefill":
         probe |= {"tile_tokens": tile["tokens"], "queries": whole.QUERIES}
         visits = whole.QUERIES // tile["tokens"]
-    elif shape.chip in DECODE_ROWS:
-        probe["rows"] = DECODE_ROWS[shape.chip]
     row = Row(
         probe=shape.kernel,
         target=f"benchmarks.tpu.probes:{shape.kernel}",

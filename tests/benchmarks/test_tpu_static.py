@@ -7,8 +7,12 @@ import sys
 
 import pytest
 
+from benchmarks import tpu_static
 from benchmarks.aot import failure_reason
+from benchmarks.tpu.chips import CHIPS
 from benchmarks.tpu.estimate import read_kernel
+from benchmarks.tpu.probe import Work
+from benchmarks.tpu.rows import _times, estimate_row, make_rows
 from benchmarks.tpu.static_table import row_line
 from benchmarks.tpu.topology import missing_libtpu
 
@@ -36,6 +40,8 @@ second_minor_factor: 1 */ }
    0x3   : > { %329 = sbr.rel (!%p6339_p3) target = $region182 }
    0x4 LE:  { %5871 = vsyncpa [#allocation9], 1 }
 """
+KEPT = "v5e 9/3/64 context 1024 decode"
+needs_libtpu = pytest.mark.skipif(missing_libtpu() is not None, reason=missing_libtpu() or "")
 
 
 def test_a_loop_is_told_from_what_stands_around_it():
@@ -49,6 +55,64 @@ def test_a_loop_is_told_from_what_stands_around_it():
 def test_a_kernel_without_a_loop_is_its_own_turn():
     kernel = read_kernel(USE, BUNDLES.replace("> {", "{"))
     assert kernel.turn == kernel.whole
+
+
+def test_the_loop_that_multiplies_counts_though_another_one_is_longer():
+    bundles = BUNDLES + "   0x5   : >> { %1 }\n" * 3
+    kernel = read_kernel(USE + "0 4 0 0 2\n" * 3, bundles)
+    assert (kernel.turn.used["MATMUL"], kernel.turn.bundles) == (2, 2)
+    # Where only what is in no loop multiplies, a loop of one turn was unrolled.
+    outside = USE.replace("1 4 2 0 0\n1 3", "0 4 2 0 0\n0 3").replace("0 0 0 0 1", "1 0 0 0 1")
+    kernel = read_kernel(outside, BUNDLES)
+    assert (kernel.turn.used["MATMUL"], kernel.turn.bundles) == (1, 3)
+
+
+def test_a_tile_among_many_does_not_pay_for_the_first_copies():
+    work = Work(rows=2, tiles=8, kv_bytes=8 * 9370, ideal_bytes=8 * 9370, flops=0)
+    figures = _times(160, 12.5, work, CHIPS["v6e"])
+    assert (figures["roof"], figures["steady_roof"]) == (0.5, 0.8)
+    assert _times(160, 3, work, CHIPS["v6e"])["steady_roof"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--probes", "prefill", "--contexts", "2048"], "no probe has 2048; prefill has 4096"),
+        (["--heads", "7/3/64"], "query heads must be a multiple of KV heads, got 7 and 3"),
+        (["--heads", "a/b/c"], "expected N/K/H"),
+        (["--heads", "4/0/64"], "expected N/K/H"),
+    ],
+)
+def test_what_no_row_could_be_of_is_refused(
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.setattr(sys, "argv", ["tpu_static", *arguments])
+    with pytest.raises(SystemExit):
+        tpu_static.main()
+    assert message in capsys.readouterr().err
+
+
+@needs_libtpu  # whose version is noted
+def test_rows_that_are_kept_say_where_they_are_from(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = tmp_path / "found.json"
+    kept = {"chip": "v5e", "heads": [9, 3, 64], "context": 1024, "probe": "decode", "reason": "no"}
+    of_before = {"commit": "abc", "versions": {"jax": "0.1"}, "rows": {KEPT: kept}}
+    path.write_text(json.dumps(of_before))
+    monkeypatch.setattr(tpu_static, "estimate_row", lambda row, timeout: kept | {"why": timeout})
+    command = ["tpu_static", "--chips", "v5e", "--heads", "9/3/64", "--probes", "decode"]
+    monkeypatch.setattr(sys, "argv", [*command, "--resume", "--out", str(path)])
+    tpu_static.main()
+    report = json.loads(path.read_text())
+    new = report["rows"].pop(KEPT.replace("1024", "4096"))
+    assert report["rows"][KEPT] == kept | {"commit": "abc", "jax": "0.1"}
+    assert {"commit", "date", "jax", "libtpu", "command"} <= new.keys()
+    assert new["commit"] != "abc"
+    assert set(report) == {"benchmark", "kind", "rows"}
 
 
 def test_dumps_that_do_not_belong_together_are_refused():
@@ -76,7 +140,19 @@ def test_a_failure_is_one_line_without_this_machines_folders(stderr: str, reason
     assert failure_reason(stderr, -6) == reason
 
 
-@pytest.mark.skipif(missing_libtpu() is not None, reason=missing_libtpu() or "")
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("probe", "chip", "context"), [("decode", "tpu7x", 1024), ("write", "v6e", 64)]
+)
+def test_a_probe_has_figures(probe: str, chip: str, context: int):
+    """A tpu7x has them with one row only; a write, where its list is known."""
+    (row,) = make_rows(probes=[probe], chips=[chip], heads=[(6, 3, 64)], contexts=[context])
+    found = estimate_row(row, timeout=300)
+    assert found["kernel_cycles"] > found["tile_cycles"] > 50  # a copy's start, if nothing else
+    assert bool(found["tile"]) == (probe == "decode")
+
+
+@needs_libtpu
 def test_the_command_estimates_and_goes_on_after_what_fails(tmp_path: pathlib.Path):
     path = tmp_path / "found.json"
     probe = "decode-jax-ragged-default"
@@ -90,4 +166,5 @@ def test_the_command_estimates_and_goes_on_after_what_fails(tmp_path: pathlib.Pa
     assert found["kernel_cycles"] > found["tile_cycles"] > 0
     assert found["time_cycles"] >= found["memory_cycles"] == round(found["kv_bytes"] / 546)
     assert found["kv_bytes"] == 1024 * 2 * 2 * 128 * 2
-    assert row_line(found).startswith(f"| v5e | 8/2/128 | 1024 | {probe} |")
+    assert found["tile"] == {"tokens": 32, "blocks": 64}
+    assert row_line(found).startswith(f"| v5e | 8/2/128 | 1024 | {probe} | tokens 32 blocks 64 |")

@@ -116,6 +116,22 @@ def test_the_shipped_table_is_as_it_would_be_written(tmp_path: pathlib.Path):
     assert path.read_text() == TABLE_PATH.read_text()
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [("--dtypes=foo", "invalid choice: 'foo'"), ("--block-sizes=12", "expected a multiple of 8")],
+)
+def test_what_no_kernel_takes_is_refused(
+    option: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.setattr(sys, "argv", ["tune_tpu", option])
+    with pytest.raises(SystemExit):
+        tune_tpu.main()
+    assert message in capsys.readouterr().err
+
+
 @needs_libtpu
 def test_the_command_adds_an_estimate_to_a_table(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
