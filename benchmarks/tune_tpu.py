@@ -29,8 +29,7 @@ from benchmarks.tpu.topology import missing_libtpu
 from benchmarks.tpu.trials import compiles, compiles_here, estimate, time_here
 from benchmarks.tpu.tuning import KERNELS, Shape, Tried, search
 from benchmarks.tpu_static import parse_heads
-from pallas_kernels.tpu.decode import DTYPES
-from pallas_kernels.tpu.device import SUBLANES
+from pallas_kernels.tpu.device import STREAMED_DTYPES, SUBLANES
 from pallas_kernels.tpu.tiles import TABLE, target_chip
 
 TABLE_PATH = ROOT / "pallas_kernels" / "tpu" / TABLE
@@ -95,7 +94,7 @@ def _options() -> argparse.Namespace:
     add = parser.add_argument
     add("--chips", nargs="+", choices=CHIPS, help="to estimate for; default: all of them")
     add("--heads", nargs="+", type=parse_heads, default=list(HEADS), metavar="N/K/H")
-    add("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16"], help="of the pool")
+    add("--dtypes", nargs="+", choices=STREAMED_DTYPES, default=["bfloat16"], help="of the pool")
     add("--block-sizes", nargs="+", type=_block_size, default=[16, 64])
     add("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
     add("--out", type=pathlib.Path, default=TABLE_PATH, metavar="FILE")
