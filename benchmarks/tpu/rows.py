@@ -156,6 +156,9 @@ def _figures(row: Row, candidate: Candidate, timeout: int) -> dict[str, Any]:
     tile_cycles = (cycles[other] - cycles[row.context]) / (
         works[other].tiles - works[row.context].tiles
     )
+    if tile_cycles <= 0:
+        reason = f"the estimator lost track of the copies: {tile_cycles:.0f} cycles a tile"
+        raise NotCompiledError(reason, reason)
     return {
         "options": candidate,
         "tile": found[row.context].compiled.extra[1],
