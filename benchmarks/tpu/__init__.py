@@ -1,1 +1,3 @@
-"""The TPU's compiler where there is no TPU: what `benchmarks.tpu_static` is made of."""
+"""The TPU's compiler where there is no TPU: what `benchmarks.tpu_static` and
+`benchmarks.tune_tpu` are made of.
+"""
