@@ -1,3 +1,1 @@
-"""The TPU's compiler where there is no TPU: what `benchmarks.tpu_static` and
-`benchmarks.tune_tpu` are made of.
-"""
+"""The TPU compiler where there is no TPU, for `benchmarks.tpu_static` and `benchmarks.tune_tpu`."""
