@@ -4,11 +4,14 @@ import json
 import pathlib
 import subprocess
 import sys
+import types
+from typing import Any
 
 import pytest
 
 from benchmarks import tpu_static
 from benchmarks.aot import failure_reason
+from benchmarks.tpu import rows
 from benchmarks.tpu.chips import CHIPS
 from benchmarks.tpu.estimate import read_kernel
 from benchmarks.tpu.probe import Work
@@ -140,6 +143,19 @@ def test_a_failure_is_one_line_without_this_machines_folders(stderr: str, reason
     assert failure_reason(stderr, -6) == reason
 
 
+def test_cycles_that_do_not_grow_are_no_figures(monkeypatch: pytest.MonkeyPatch):
+    def estimate_for_tpu(target: str, *, chip: str, options: dict[str, Any], timeout: int):
+        del target, chip, timeout
+        work = Work(rows=1, tiles=options["context"] // 256, kv_bytes=1, ideal_bytes=1, flops=1)
+        compiled = types.SimpleNamespace(extra=[work, {}], compile_seconds=1.0)
+        return types.SimpleNamespace(compiled=compiled, of_kernel=lambda _: (700, None))
+
+    monkeypatch.setattr(rows, "estimate_for_tpu", estimate_for_tpu)
+    (row,) = make_rows(probes=["decode"], chips=["v5e"], heads=[(6, 3, 64)], contexts=[1024])
+    found = estimate_row(row, timeout=1)
+    assert found["reason"].endswith("do not grow with the tokens: 700 for 1024 and 700 for 2048")
+
+
 @needs_libtpu
 @pytest.mark.parametrize(
     ("probe", "chip", "context"), [("decode", "tpu7x", 1024), ("write", "v6e", 64)]
@@ -159,9 +175,9 @@ def test_the_command_estimates_and_goes_on_after_what_fails(tmp_path: pathlib.Pa
     command = [sys.executable, "-m", "benchmarks.tpu_static", "--chips", "v5e"]
     command += ["--heads", "9/3/64", "8/2/128", "--contexts", "1024", "--probes", probe]
     subprocess.run([*command, "--out", str(path)], check=True)
-    rows = json.loads(path.read_text())["rows"]
-    assert "can not be XLA fully tiled" in rows[f"v5e 9/3/64 context 1024 {probe}"]["reason"]
-    found = rows[f"v5e 8/2/128 context 1024 {probe}"]
+    written = json.loads(path.read_text())["rows"]
+    assert "can not be XLA fully tiled" in written[f"v5e 9/3/64 context 1024 {probe}"]["reason"]
+    found = written[f"v5e 8/2/128 context 1024 {probe}"]
     assert found["kind"] == "compiler estimate"
     assert found["kernel_cycles"] > found["tile_cycles"] > 0
     assert found["time_cycles"] >= found["memory_cycles"] == round(found["kv_bytes"] / 546)
