@@ -8,14 +8,13 @@ import jax.numpy as jnp
 
 from pallas_kernels.tpu.decode import MAX_TILE_BYTES
 from pallas_kernels.tpu.softmax import LANES
-from pallas_kernels.tpu.tiles import entry_name
+from pallas_kernels.tpu.tiles import USUAL_RING, entry_name
 
 KERNELS = ("decode", "prefill")
 DECODE_TOKENS = (256, 512, 1024, 2048, 4096)  # of a tile of keys and values
 PREFILL_TOKENS = (256, 512)
 QUERIES = (32, 64, 128)  # tokens of a query tile
-RINGS = (2, 4)  # tried of the best decode tile; all others have USUAL_RING
-USUAL_RING = 3
+RINGS = (3, 4)  # of a decode tile; a prompt's is the usual one
 EQUAL = 1.01  # times that are no further apart are the same
 CLOSE = 1.03  # a win of less is not worth spills
 FEW_SPILLS = 64
@@ -66,13 +65,9 @@ def search(
 ) -> Tried | None:
     """The best tile whose whole kernel fits, or None where no tile does.
 
-    Rings are tried at the best size, not at all. `measure` gives None for a tile that does not
-    compile.
+    `measure` gives None for a tile that does not compile.
     """
-    tried = [found for found in map(measure, _first(shape)) if found]
-    if tried:
-        second = _second(shape, choose(shape, tried).tile)
-        tried += [found for found in map(measure, second) if found]
+    tried = [found for found in map(measure, _candidates(shape)) if found]
     while tried:
         best = choose(shape, tried)
         if fits(best.tile):
@@ -115,24 +110,14 @@ def tile_bytes(shape: Shape, tile: Tile) -> int:
     return tile["blocks"] * shape.block_size * shape.token_bytes + query_bytes
 
 
-def _first(shape: Shape) -> list[Tile]:
-    """Sizes of a decode tile; for prompts all pairs, as the best of one hangs on the other."""
+def _candidates(shape: Shape) -> list[Tile]:
+    """All pairs of sizes: the best of one hangs on the other."""
     if shape.kernel == "decode":
         sizes = [C for C in DECODE_TOKENS if C * shape.token_bytes <= MAX_TILE_BYTES]
         blocks = sorted({max(1, C // shape.block_size) for C in sizes or DECODE_TOKENS[:1]})
-        return [{"blocks": count, "ring": USUAL_RING} for count in blocks]
+        return [{"blocks": count, "ring": ring} for count in blocks for ring in RINGS]
     blocks = sorted({max(1, C // shape.block_size) for C in PREFILL_TOKENS})
     return [
         {"tokens": tokens, "blocks": count, "ring": USUAL_RING}
         for tokens, count in itertools.product(QUERIES, blocks)
     ]
-
-
-def _second(shape: Shape, best: Tile) -> list[Tile]:
-    """Other rings for a decode tile, and more of half its size."""
-    if shape.kernel != "decode":
-        return []
-    rings = [{**best, "ring": ring} for ring in RINGS]
-    halved = best["blocks"] // 2
-    is_tried = halved * shape.block_size >= DECODE_TOKENS[0]
-    return [*rings, {"blocks": halved, "ring": max(RINGS)}] if is_tried else rings
