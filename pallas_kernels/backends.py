@@ -44,16 +44,12 @@ def default_backend(platform: str | None = None) -> Backend:
             _warn_once(f"attention by xla, the CPU kernel is missing: {reason}")
         else:
             return Backend.CPU
-    if platform == "gpu":
-        reason = _unfit_gpu()
+    kernels = {"gpu": Backend.PALLAS_GPU, "tpu": Backend.PALLAS_TPU}.get(platform)
+    if kernels is not None:
+        reason = _unfit(kernels)
         if reason is None:
-            return Backend.PALLAS_GPU
-        _warn_once(f"attention by xla, the GPU kernels cannot run: {reason}")
-    if platform == "tpu":
-        reason = _unfit_tpu()
-        if reason is None:
-            return Backend.PALLAS_TPU
-        _warn_once(f"attention by xla, the TPU kernels cannot run: {reason}")
+            return kernels
+        _warn_once(f"attention by xla, the {platform.upper()} kernels cannot run: {reason}")
     return Backend.XLA
 
 
@@ -78,8 +74,7 @@ def choose_backend(name: str, platform: str) -> Backend:
             cpu.register()
         except BuildError as reason:
             raise ValueError(f"attention_backend='cpu' cannot be compiled: {reason}") from reason
-    unfit = {Backend.PALLAS_TPU: _unfit_tpu, Backend.PALLAS_GPU: _unfit_gpu}.get(backend)
-    if unfit and (reason := unfit()):
+    if reason := _unfit(backend):
         raise ValueError(f"attention_backend={name!r} cannot run: {reason}; use 'xla'")
     return backend
 
@@ -97,14 +92,15 @@ def check_pool_of(backend: Backend, *, block_size: int, dtype: DTypeLike) -> Non
             )
 
 
-def _unfit_tpu() -> str | None:
-    """Why the TPU kernels cannot run on the first device, or None."""
-    kind = jax.devices()[0].device_kind
-    return f"they need a TPU v4 or later, this is a {kind}" if kind in OLD_TPUS else None
+def _unfit(backend: Backend) -> str | None:
+    """Why a backend's kernels cannot run on the first device, or None."""
+    if backend is Backend.PALLAS_TPU:
+        kind = jax.devices()[0].device_kind
+        return f"they need a TPU v4 or later, this is a {kind}" if kind in OLD_TPUS else None
+    return _unfit_gpu() if backend is Backend.PALLAS_GPU else None
 
 
 def _unfit_gpu() -> str | None:
-    """Why the GPU kernels cannot run on the first device, or None."""
     device = jax.devices()[0]
     capability = str(getattr(device, "compute_capability", ""))
     try:

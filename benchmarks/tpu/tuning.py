@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 
 from pallas_kernels.tpu.decode import MAX_TILE_BYTES
-from pallas_kernels.tpu.softmax import LANES
+from pallas_kernels.tpu.device import whole_lanes
 from pallas_kernels.tpu.tiles import USUAL_RING, entry_name
 
 KERNELS = ("decode", "prefill")
@@ -47,7 +47,7 @@ class Shape:
     def token_bytes(self) -> int:
         """What a token of a KV tile takes in VMEM, in what it is multiplied in."""
         _, K, H = self.heads
-        return K * -(-2 * H // LANES) * LANES * max(jnp.dtype(self.dtype).itemsize, 2)
+        return K * whole_lanes(2 * H) * max(jnp.dtype(self.dtype).itemsize, 2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,8 @@
 """What all kernels here share: dtypes, the base of exponentials, indices of a load, sinks."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
@@ -23,6 +25,15 @@ def check_arrays(q: Float[Array, "T N H"], pool: Real[Array, "P K S W"]) -> None
             f"a pool of eight bits must have at most {MAX_ELEMENTS} elements, got {pool.size}: "
             "offsets are int32; make it of fewer blocks, or use `xla`"
         )
+
+
+def head_scales(
+    scale: float, refs: Sequence[Any], head: Int32[Array, ""]
+) -> tuple[float | Float[Array, ""], float | Float[Array, ""]]:
+    """What logits and values of a KV head are multiplied by; `refs` has a pool's scales, if any."""
+    if not refs:
+        return scale, 1.0
+    return scale * refs[0][0, head], refs[0][1, head]
 
 
 def nothing(dtype: DTypeLike) -> int | float:

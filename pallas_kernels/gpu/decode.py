@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int32, Real
 
-from pallas_kernels.gpu.common import LOG2_E, check_arrays, indices, nothing
+from pallas_kernels.gpu.common import LOG2_E, check_arrays, head_scales, indices, nothing
 from pallas_kernels.gpu.merge import merge
 from pallas_kernels.gpu.splits import ceil_div, live_splits, max_splits
 from pallas_kernels.gpu.tiles import DecodeConfig, decode_config, padded_size
@@ -154,9 +154,7 @@ def _decode_kernel(
     first_split, end_split = live_splits(end, config.split_tokens, window)
     precision = jax.lax.Precision.HIGHEST if q_ref.dtype == jnp.float32 else None
     other = nothing(pool_ref.dtype)
-    key_scale, value_scale = scale, 1.0
-    if has_scales:
-        key_scale, value_scale = scale * scale_refs[0][0, head], scale_refs[0][1, head]
+    key_scale, value_scale = head_scales(scale, scale_refs, head)
 
     queries_G = jnp.arange(padded_size(G), dtype=jnp.int32)
     lanes_H = jnp.arange(padded_size(H), dtype=jnp.int32)

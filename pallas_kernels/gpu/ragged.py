@@ -23,6 +23,7 @@ from pallas_kernels.gpu.common import (
     MAX_ELEMENTS,
     absorb_sinks,
     check_arrays,
+    head_scales,
     indices,
     nothing,
 )
@@ -143,9 +144,8 @@ def default_config(
     """
     _, N, H = q.shape
     lanes, rows = padded_size(H), pl.next_power_of_2(N // pool.shape[1])
-    if (
-        product_dtype(q, pool) == jnp.float32
-    ):  # without matrix instructions operands fill the registers
+    # Without matrix instructions operands fill the registers.
+    if product_dtype(q, pool) == jnp.float32:
         size = 32 if lanes <= 64 else 16
         return RaggedConfig(
             query_rows=max(rows, size),
@@ -226,9 +226,7 @@ def _prefill_kernel(
     head, tile = program % K, program // K
     num_tokens = tiles_ref[tile, 2]
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-    key_scale, value_scale = scale, 1.0
-    if has_scales:
-        key_scale, value_scale = scale * scale_refs[0][0, head], scale_refs[0][1, head]
+    key_scale, value_scale = head_scales(scale, scale_refs, head)
     # What is masked has to stay the lowest: a silent head's scale would leave nothing of it.
     factor = scale * LOG2_E if soft_cap is None and not has_scales else LOG2_E
 

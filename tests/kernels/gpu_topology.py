@@ -14,6 +14,8 @@ import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import pytest
+
 from benchmarks.aot import Build, compile_apart, compiled_fields, print_compiled
 
 
@@ -52,6 +54,11 @@ GPUS = {
     ),
 }
 HEADS = [(32, 8, 128), (9, 3, 64), (14, 2, 64), (8, 2, 80), (7, 1, 96), (4, 1, 256)]
+# Of a pool, in the long matrix.
+EIGHT_BITS = [
+    pytest.param("int8", marks=pytest.mark.kernels),
+    pytest.param("float8_e4m3fn", marks=pytest.mark.kernels),
+]
 # Spilled registers, and more shared memory than a program can have, are errors.
 XLA_FLAGS = (
     "--xla_gpu_fail_ptx_compilation_on_register_spilling=true --xla_dump_emitter_re=.* "

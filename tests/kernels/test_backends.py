@@ -41,21 +41,6 @@ def test_a_gpu_that_runs_triton_gets_the_kernels(monkeypatch: pytest.MonkeyPatch
     assert choose_backend("auto", "gpu") is choose_backend("pallas-gpu", "gpu")
 
 
-@pytest.mark.parametrize("capability", ["7.5", "gfx942"])
-def test_another_gpu_gets_xla_and_one_line_says_why(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capability: str
-):
-    use(monkeypatch, Gpu(capability))
-    assert default_backend() is default_backend("gpu") is Backend.XLA
-    assert caplog.messages == [
-        "attention by xla, the GPU kernels cannot run: "
-        f"they need compute capability 8.0, Tesla T4 has {capability}"
-    ]
-    assert choose_backend("auto", "gpu") is Backend.XLA
-    with pytest.raises(ValueError, match=f"cannot run: .* has {capability}; use 'xla'"):
-        choose_backend("pallas-gpu", "gpu")
-
-
 @pytest.mark.parametrize("kind", ["TPU v4", "TPU v5 lite", "TPU v5p", "TPU v6 lite", "TPU7x"])
 def test_a_tpu_gets_the_kernels(monkeypatch: pytest.MonkeyPatch, kind: str):
     use(monkeypatch, Tpu(kind))
@@ -63,18 +48,32 @@ def test_a_tpu_gets_the_kernels(monkeypatch: pytest.MonkeyPatch, kind: str):
     assert choose_backend("auto", "tpu") is choose_backend("pallas-tpu", "tpu")
 
 
-@pytest.mark.parametrize("kind", ["TPU v2", "TPU v3"])
-def test_an_old_tpu_gets_xla_and_one_line_says_why(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kind: str
+@pytest.mark.parametrize(
+    ("device", "reason"),
+    [
+        (Gpu("7.5"), "they need compute capability 8.0, Tesla T4 has 7.5"),
+        (Gpu("gfx942"), "they need compute capability 8.0, Tesla T4 has gfx942"),
+        (Tpu("TPU v2"), "they need a TPU v4 or later, this is a TPU v2"),
+        (Tpu("TPU v3"), "they need a TPU v4 or later, this is a TPU v3"),
+    ],
+    ids=str,
+)
+def test_another_device_gets_xla_and_one_line_says_why(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    device: Gpu | Tpu,
+    reason: str,
 ):
-    use(monkeypatch, Tpu(kind))
-    assert default_backend() is Backend.XLA
+    use(monkeypatch, device)
+    platform = device.platform
+    assert default_backend() is default_backend(platform) is Backend.XLA
     assert caplog.messages == [
-        "attention by xla, the TPU kernels cannot run: "
-        f"they need a TPU v4 or later, this is a {kind}"
+        f"attention by xla, the {platform.upper()} kernels cannot run: {reason}"
     ]
-    with pytest.raises(ValueError, match=f"this is a {kind}; use 'xla'"):
-        choose_backend("pallas-tpu", "tpu")
+    assert choose_backend("auto", platform) is Backend.XLA
+    name = f"pallas-{platform}"
+    with pytest.raises(ValueError, match=f"'{name}' cannot run: {reason}; use 'xla'"):
+        choose_backend(name, platform)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pytest
 from pallas_kernels import pool_shape
 from pallas_kernels.gpu import decode
 from tests.kernels.gpu_topology import (
+    EIGHT_BITS,
     GPUS,
     HEADS,
     compile_for_gpu,
@@ -21,10 +22,6 @@ from tests.kernels.gpu_topology import (
 )
 from tests.kernels.write_before import write_before
 
-EIGHT_BITS = [
-    pytest.param("int8", marks=pytest.mark.kernels),
-    pytest.param("float8_e4m3fn", marks=pytest.mark.kernels),
-]
 with_compiler = pytest.mark.skipif(missing_cuda() is not None, reason=missing_cuda() or "")
 
 

@@ -12,6 +12,7 @@ import pytest
 from pallas_kernels import PagedBatch, pool_shape
 from pallas_kernels.gpu import ragged
 from tests.kernels.gpu_topology import (
+    EIGHT_BITS,
     GPUS,
     HEADS,
     compile_for_gpu,
@@ -19,10 +20,6 @@ from tests.kernels.gpu_topology import (
     num_lowered_for_cuda,
 )
 
-EIGHT_BITS = [
-    pytest.param("int8", marks=pytest.mark.kernels),
-    pytest.param("float8_e4m3fn", marks=pytest.mark.kernels),
-]
 with_compiler = pytest.mark.skipif(missing_cuda() is not None, reason=missing_cuda() or "")
 
 

@@ -14,6 +14,7 @@ from benchmarks.tpu.topology import TOPOLOGIES, compile_for_tpu, missing_libtpu
 from pallas_kernels import Backend, PagedBatch, paged_attention, pool_shape, write_kv
 from pallas_kernels.quantize import is_quantized
 from pallas_kernels.tpu import decode
+from tests.kernels.hlo import check_pool_stays
 
 pytestmark = pytest.mark.skipif(missing_libtpu() is not None, reason=missing_libtpu() or "")
 
@@ -38,6 +39,8 @@ def test_the_donated_pool_is_written_and_read_in_place(heads: tuple[int, int, in
     assert compiled.alias_bytes == pool_bytes  # so it is not padded either
     assert compiled.temporary_bytes < pool_bytes // 8
     check_pool_stays(compiled.hlo, shape)
+    for kernel in ("write_kv", "paged_decode", "paged_prefill"):
+        assert re.search(rf"{kernel}\S* = .*tpu_custom_call", compiled.hlo), kernel
 
 
 @pytest.mark.parametrize(
@@ -76,14 +79,6 @@ def test_every_chip_takes_every_head_count_and_size(chip: str, options: dict[str
     compile_for_tpu(
         f"{__name__}:build_all", chip=chip, options={"all_heads": HEADS, **options}, timeout=900
     )
-
-
-def check_pool_stays(hlo: str, shape: tuple[int, ...]) -> None:
-    pool = rf"\w+\[{','.join(map(str, shape))}\]\S*"
-    assert re.search(rf" = {pool} parameter\(", hlo)
-    assert not re.search(rf" = \(?{pool} (copy|copy-start|transpose|convert)\b", hlo)
-    for kernel in ("write_kv", "paged_decode", "paged_prefill"):
-        assert re.search(rf"{kernel}\S* = .*tpu_custom_call", hlo), kernel
 
 
 def build_step(
