@@ -28,6 +28,7 @@ LIMITS = {
     "ceiling": 25,
     "decode": 120,
     "prefill": 60,
+    "writes": 40,
     "parity": 110,
     "step": 75,
     "throughput": 75,

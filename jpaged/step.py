@@ -154,7 +154,8 @@ class Step:
         self, pools: Pools, state: DeviceState, packed: Int32[Array, " X"]
     ) -> tuple[Pools, DeviceState]:
         preparation = unpack(packed, preparation_spec(self.config.max_num_seqs))
-        pools = copy_blocks(pools, preparation.copies, preparation.num_copies[0])
+        copies, count = preparation.copies, preparation.num_copies[0]
+        pools = copy_blocks(pools, copies, count, backend=self.backend)
         tables = _enter(state.block_tables, preparation.table_updates)
         return pools, dataclasses.replace(state, block_tables=tables)
 

@@ -9,6 +9,7 @@ from pallas_kernels import reference, xla
 from pallas_kernels.backends import GPU_BACKENDS, TPU_BACKENDS, Backend
 from pallas_kernels.checks import check_attention, check_batch, check_rows, check_write
 from pallas_kernels.cpu import attention as cpu
+from pallas_kernels.gpu import copy as gpu_copy
 from pallas_kernels.gpu import decode as gpu_decode
 from pallas_kernels.gpu import ragged as gpu_ragged
 from pallas_kernels.layout import PagedBatch, decode_batch
@@ -114,8 +115,9 @@ def write_kv(
 ) -> Real[Array, "P K S W"]:
     """The pool with each token's K and V in slot `block * S + offset`.
 
-    Several tokens may name the null block; other slots are distinct. A quantised pool gets them by
-    `kv_scales` (`paged_decode` says which), rounded to the nearest and cut to what its dtype keeps.
+    Several tokens may name the null block, which then holds anything; other slots are distinct. A
+    quantised pool gets them by `kv_scales` (`paged_decode` says which), rounded to the nearest and
+    cut to what its dtype keeps.
     """
     check_write(pool, k, v, slots, kv_scales)
     if kv_scales is None:
@@ -130,12 +132,19 @@ def write_kv(
 
 
 def copy_blocks(
-    pools: tuple[Real[Array, "P K S W"], ...], copies: Int32[Array, "X 2"], count: Int32[Array, ""]
+    pools: tuple[Real[Array, "P K S W"], ...],
+    copies: Int32[Array, "X 2"],
+    count: Int32[Array, ""],
+    *,
+    backend: Backend,
 ) -> tuple[Real[Array, "P K S W"], ...]:
     """Every layer's pool after the first `count` of the (source, destination) block copies.
 
     They are done in order: a destination may have been the source of a copy before it.
     """
+    if backend in GPU_BACKENDS:
+        interpret = backend is Backend.PALLAS_GPU_INTERPRET
+        return gpu_copy.copy_blocks(pools, copies, count, interpret=interpret)
     return xla.copy_blocks(pools, copies, count)
 
 

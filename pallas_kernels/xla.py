@@ -275,13 +275,21 @@ def _finish(state: Softmax, per_head: PerHead) -> Float[Array, "*dims H"]:
 def write_kv(
     pool: Real[Array, "P K S W"], kv: Real[Array, "T K W"], slots: Int32[Array, " T"]
 ) -> Real[Array, "P K S W"]:
-    """The pool with each token's K|V row in its slot; in place where the caller donated it."""
+    """The pool with each token's K|V row in its slot; in place where the caller donated it.
+
+    Tokens of the null block are left out.
+    """
     P, K, S, W = pool.shape
+    T = slots.shape[0]
     # A scatter of whole rows into the flat pool: with the heads inside the window, XLA on a TPU
     # picks another layout for the pool and copies it, twice a layer.
     heads_K = jnp.arange(K)
     rows_TK = ((slots // S)[:, None] * K + heads_K[None, :]) * S + (slots % S)[:, None]
-    flat = pool.reshape(P * K * S, W).at[rows_TK].set(kv, mode="drop")
+    # Only the null block's slots come twice. With distinct rows XLA stores; else, on a GPU, every
+    # element of 16 or 8 bits is a compare-and-swap of the word that it shares with others.
+    beyond_TK = P * K * S + jnp.arange(T * K).reshape(T, K)
+    rows_TK = jnp.where((slots < S)[:, None], beyond_TK, rows_TK)
+    flat = pool.reshape(P * K * S, W).at[rows_TK].set(kv, mode="drop", unique_indices=True)
     return flat.reshape(P, K, S, W)
 
 
@@ -319,8 +327,11 @@ def write_blocks(
 ) -> tuple[Real[Array, "P K S W"], ...]:
     """Every layer's pool with whole blocks put in; those for block id P are dropped.
 
-    In place where the caller donated the pools.
+    In place where the caller donated the pools. Other block ids are distinct.
     """
+    P, X = pools[0].shape[0], block_ids.shape[0]
+    block_ids = jnp.where(block_ids < P, block_ids, P + jnp.arange(X))  # distinct, as in `write_kv`
     return tuple(
-        pool.at[block_ids].set(blocks[:, layer], mode="drop") for layer, pool in enumerate(pools)
+        pool.at[block_ids].set(blocks[:, layer], mode="drop", unique_indices=True)
+        for layer, pool in enumerate(pools)
     )

@@ -76,7 +76,7 @@ def run(settings: Settings, record: Record) -> None:
                 record(name, _check(*cases[name], program, oracle))
     for dtype in ("bfloat16", "float32"):
         record(f"write_kv {dtype}", _check_write(dtype, backend, settings.seed))
-        record(f"copy_blocks {dtype}", _check_copies(dtype, settings.seed))
+        record(f"copy_blocks {dtype}", _check_copies(dtype, backend, settings.seed))
 
 
 def _specs(scale: str) -> Iterator[Spec]:
@@ -193,7 +193,7 @@ def _check_write(dtype: str, backend: Backend, seed: int) -> dict:
     return _exact(write(jnp.array(pool), k, v, slots), expected)
 
 
-def _check_copies(dtype: str, seed: int) -> dict:
+def _check_copies(dtype: str, backend: Backend, seed: int) -> dict:
     rng = np.random.default_rng(seed)
     pools = rng.standard_normal((2, 29, 3, 8, 32)).astype(jnp.dtype(dtype))
     copies = rng.permutation(np.arange(1, 29))[:14].reshape(7, 2).astype(np.int32)
@@ -201,7 +201,7 @@ def _check_copies(dtype: str, seed: int) -> dict:
     expected = pools.copy()
     for source, destination in copies[:5]:
         expected[:, destination] = expected[:, source]
-    copy = jax.jit(copy_blocks, donate_argnums=0)
+    copy = jax.jit(functools.partial(copy_blocks, backend=backend), donate_argnums=0)
     found = copy(tuple(map(jnp.array, pools)), copies, np.int32(5))
     return _exact(jnp.stack(found), expected)
 

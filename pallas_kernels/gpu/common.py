@@ -17,14 +17,23 @@ LOG2_E = math.log2(math.e)  # the processor's exponential is that of base 2
 
 def check_arrays(q: Float[Array, "T N H"], pool: Real[Array, "P K S W"]) -> None:
     """What these kernels ask beyond what `dispatch` asked for every backend."""
-    for name, array, names in (("q", q, DTYPES), ("the pool", pool, (*DTYPES, *LARGEST))):
-        if array.dtype.name not in names:
-            raise ValueError(f"{name} must be one of {names}, got {array.dtype}; or use `xla`")
+    _check_dtype("q", q, DTYPES)
+    check_pool(pool)
+
+
+def check_pool(pool: Real[Array, "P K S W"]) -> None:
+    """The same of a pool alone."""
+    _check_dtype("the pool", pool, (*DTYPES, *LARGEST))
     if pool.dtype.itemsize == 1 and pool.size > MAX_ELEMENTS:
         raise ValueError(
             f"a pool of eight bits must have at most {MAX_ELEMENTS} elements, got {pool.size}: "
             "offsets are int32; make it of fewer blocks, or use `xla`"
         )
+
+
+def _check_dtype(name: str, array: Real[Array, "..."], names: tuple[str, ...]) -> None:
+    if array.dtype.name not in names:
+        raise ValueError(f"{name} must be one of {names}, got {array.dtype}; or use `xla`")
 
 
 def head_scales(

@@ -1,5 +1,6 @@
 """The check of a GPU works where there is none: its oracle, its parts at toy sizes, its command."""
 
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -8,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks.gpu import correctness, decode, prefill
+from benchmarks.gpu import correctness, decode, prefill, writes
 from benchmarks.gpu.candidates import read
 from benchmarks.gpu.oracle import SCALE, dense, make_ragged
 from benchmarks.gpu.settings import Settings
@@ -39,6 +40,35 @@ def test_a_part_records_figures_that_are_right(module):
     assert all(result["ok"] for result in found.values()), found
     assert any("error_norm" in result for result in found.values())
     json.dumps(found)
+
+
+def test_writes_are_timed_every_way_and_are_right():
+    settings = dataclasses.replace(SETTINGS, backend="pallas-gpu-interpret")
+    found: dict[str, dict] = {}
+    writes.run(settings, found.__setitem__)
+    assert {name.split()[-1] for name in found} == {
+        "kernel",
+        "scatter",
+        "repeated",
+        "xla",
+        settings.backend,
+    }
+    assert all(result["ok"] and result["us"] > 0 for result in found.values()), found
+    json.dumps(found)
+
+
+def test_a_write_to_a_wrong_slot_is_found(monkeypatch: pytest.MonkeyPatch):
+    right = writes.write_by_kernel
+    monkeypatch.setattr(
+        writes,
+        "write_by_kernel",
+        lambda pool, k, v, slots, **rest: right(pool, k, v, slots ^ 1, **rest),
+    )
+    settings = dataclasses.replace(SETTINGS, backend="pallas-gpu-interpret", only="5 bfloat16")
+    found: dict[str, dict] = {}
+    writes.run(settings, found.__setitem__)
+    wrong = [name for name, result in found.items() if not result["ok"]]
+    assert wrong == [name for name in found if name.endswith("kernel")]
 
 
 def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch):

@@ -49,8 +49,9 @@ class OracleOnDevice(Oracle):
 
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(config)
-        self._write = jax.jit(write_kv, static_argnames="backend", donate_argnums=0)
-        self._copy = jax.jit(copy_blocks, donate_argnums=0)
+        by_xla = {"backend": Backend.XLA}
+        self._write = jax.jit(functools.partial(write_kv, **by_xla), donate_argnums=0)
+        self._copy = jax.jit(functools.partial(copy_blocks, **by_xla), donate_argnums=0)
         self._read, self._put = jax.jit(read_blocks), jax.jit(write_blocks, donate_argnums=0)
         block_shape = (1, 1, config.block_size, 2)
         self._space = SwapSpace(config.num_swap_blocks, block_shape, np.float32)
@@ -77,9 +78,7 @@ class OracleOnDevice(Oracle):
         slots[: len(positions)] = blocks * self.block_size + positions % self.block_size
         values = np.zeros((64, 1, 1), np.float32)
         values[: len(positions), 0, 0] = self.history(row.sequence)[positions]
-        self.device_pool = self._write(
-            self.device_pool, values, -values, slots, backend=Backend.XLA
-        )
+        self.device_pool = self._write(self.device_pool, values, -values, slots)
         self.pool = np.asarray(self.device_pool)[:, 0, :, 0].astype(np.int64)
 
     def history(self, sequence: TokenSequence) -> np.ndarray:

@@ -153,14 +153,13 @@ def test_a_row_does_not_depend_on_its_neighbours(backend: Backend):
 
 
 @each_backend
-def test_write_kv_puts_each_token_in_its_slot_and_padding_in_the_null_block(backend: Backend):
+def test_write_kv_puts_each_token_in_its_slot_and_padding_nowhere_else(backend: Backend):
     case = make_case([(1, 12), (5, 19)], block_size=8)
     T, (_, K, S, W) = len(case.q), case.pool.shape
     rows = rows_of_tokens(case.batch, T)
     positions = positions_of_tokens(case.batch, rows)
     slots = slots_of_tokens(case.batch, rows, positions, block_size=S)
     kv = np.random.default_rng(1).standard_normal((T, K, W)).astype(np.float32)
-    kv[6:] = 0  # padding writes zeros
     written = np.asarray(
         write_kv(
             jnp.asarray(case.pool),
@@ -171,11 +170,10 @@ def test_write_kv_puts_each_token_in_its_slot_and_padding_in_the_null_block(back
         )
     )
     expected, tables = case.pool.copy(), np.asarray(case.batch.block_tables)
-    expected[0, :, 0] = 0
     places = [(0, 11), *((1, position) for position in range(14, 19))]
     for token, (row, position) in enumerate(places):
         expected[tables[row, position // S], :, position % S] = kv[token]
-    np.testing.assert_array_equal(written, expected)
+    np.testing.assert_array_equal(written[1:], expected[1:])  # the null block may hold anything
 
 
 @each_backend
