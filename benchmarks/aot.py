@@ -12,12 +12,13 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 
 ROOT = pathlib.Path(__file__).parents[1]
+SEPARATOR = "== next ==\n"  # in the log, before each of several compilations
 
 
 class NotCompiledError(RuntimeError):
@@ -37,26 +38,73 @@ def compile_apart(
     environment: Mapping[str, str],
     timeout: int,
 ) -> dict[str, Any]:
-    """What `module` prints of `target`. Raises `NotCompiledError` where it does not compile."""
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "models")])
+    """What `module` prints of `target`, and its `log`.
+
+    Raises `NotCompiledError` where it does not compile.
+    """
+    run = _run(module, chip, target, options or {}, environment=environment, timeout=timeout)
     headline = f"{target} did not compile for {chip}"
-    try:
-        run = subprocess.run(
-            [sys.executable, "-m", module, chip, target, json.dumps(options or {})],
-            env={**os.environ, **environment, "PYTHONPATH": paths},
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        reason = f"took more than {timeout} s"
-        raise NotCompiledError(f"{headline}: {reason}", reason) from error
-    if run.returncode:
-        reason = failure_reason(run.stderr, run.returncode)
-        raise NotCompiledError(f"{headline}:\n{run.stderr[-4000:]}", reason)
-    return json.loads(run.stdout.splitlines()[-1])
+    if run.reason:
+        raise NotCompiledError(f"{headline}: {run.reason}:\n{run.stderr[-4000:]}", run.reason)
+    return {**json.loads(run.stdout.splitlines()[-1]), "log": run.stderr}
+
+
+def compile_each_apart(
+    module: str,
+    chip: str,
+    target: str,
+    options: Sequence[Mapping[str, Any]],
+    *,
+    environment: Mapping[str, str],
+    timeout: int,
+) -> list[dict[str, Any]]:
+    """The same with each of the options; what does not compile has a `reason` and nothing else.
+
+    One process does all of it. Where it aborts, another one goes on behind what it aborted at.
+    """
+    found: list[dict[str, Any]] = []
+    while len(found) < len(options):
+        rest = options[len(found) :]
+        run = _run(module, chip, target, rest, environment=environment, timeout=timeout)
+        lines = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+        logs = run.stderr.split(SEPARATOR)[1:]
+        found += [line | {"log": log} for line, log in zip(lines, logs, strict=False)]
+        if len(lines) < len(rest):
+            found.append({"reason": run.reason or "nothing was printed of it"})
+    return [{"reason": one["reason"]} if "reason" in one else one for one in found]
+
+
+class _Run(NamedTuple):
+    stdout: str
+    stderr: str
+    reason: str | None  # why it failed, if it did
+
+
+def _run(
+    module: str,
+    chip: str,
+    target: str,
+    options: Any,
+    *,
+    environment: Mapping[str, str],
+    timeout: int,
+) -> _Run:
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "models")])
+    with subprocess.Popen(
+        [sys.executable, "-m", module, chip, target, json.dumps(options)],
+        env={**os.environ, **environment, "PYTHONPATH": paths},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            stdout, stderr = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return _Run(*process.communicate(), f"took more than {timeout} s")
+    failed = process.returncode != 0
+    return _Run(stdout, stderr, failure_reason(stderr, process.returncode) if failed else None)
 
 
 def failure_reason(stderr: str, exit_status: int) -> str:
@@ -79,11 +127,24 @@ Build = Callable[[], tuple[Any, ...]]
 
 
 def print_compiled(compile_here: Callable[[Build, str], dict[str, Any]]) -> None:
-    """Builds and compiles what the command line names, and prints one JSON line."""
-    chip, target, options = sys.argv[1:]
+    """Builds and compiles what the command line names, and prints a line of JSON.
+
+    A list of options makes a line each; the line of what fails has nothing but a `reason`.
+    """
+    chip, target, text = sys.argv[1:]
     module, _, name = target.partition(":")
     build = getattr(importlib.import_module(module), name)
-    print(json.dumps(compile_here(functools.partial(build, **json.loads(options)), chip)))
+    options = json.loads(text)
+    if isinstance(options, dict):
+        print(json.dumps(compile_here(functools.partial(build, **options), chip)))
+        return
+    for each in options:
+        print(SEPARATOR, end="", file=sys.stderr, flush=True)
+        try:
+            line = compile_here(functools.partial(build, **each), chip)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the others still count
+            line = {"reason": failure_reason(f"{type(error).__name__}: {error}", 1)}
+        print(json.dumps(line), flush=True)
 
 
 def compiled_fields(build: Build, sharding: jax.sharding.Sharding) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import argparse
 import math
 import pathlib
+import re
 
 from jpaged.beams import BeamSearchParams
 from jpaged.config import MAX_BLOCK_SIZE, MIN_BLOCK_SIZE
@@ -64,3 +65,17 @@ def file_to_write(text: str) -> str:
     if path.is_dir() or not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"expected a file in a folder that exists, got {text!r}")
     return text
+
+
+def parse_heads(text: str) -> tuple[int, ...]:
+    """Query heads, KV heads and head size from N/K/H."""
+    if not re.fullmatch(r"[1-9]\d*(/[1-9]\d*){2}", text):
+        raise argparse.ArgumentTypeError(
+            f"expected N/K/H (query heads, KV heads, head size), got {text}"
+        )
+    N, K, H = map(int, text.split("/"))
+    if N % K:
+        raise argparse.ArgumentTypeError(
+            f"query heads must be a multiple of KV heads, got {N} and {K} in {text}"
+        )
+    return N, K, H

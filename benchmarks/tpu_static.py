@@ -35,11 +35,11 @@ import argparse
 import importlib.metadata
 import json
 import pathlib
-import re
 import subprocess
 import sys
 from typing import Any
 
+from benchmarks.arguments import parse_heads
 from benchmarks.measure import host_provenance
 from benchmarks.tpu.chips import CHIPS
 from benchmarks.tpu.rows import HEADS, PROBES, estimate_row, make_rows
@@ -92,20 +92,6 @@ def _options() -> argparse.Namespace:
         have = "; ".join(f"{probe} has {' '.join(map(str, own))}" for probe, own in known.items())
         parser.error(f"--contexts: no probe has {' '.join(map(str, sorted(unknown)))}; {have}")
     return options
-
-
-def parse_heads(text: str) -> tuple[int, ...]:
-    """Query heads, KV heads and head size from N/K/H."""
-    if not re.fullmatch(r"[1-9]\d*(/[1-9]\d*){2}", text):
-        raise argparse.ArgumentTypeError(
-            f"expected N/K/H (query heads, KV heads, head size), got {text}"
-        )
-    N, K, H = map(int, text.split("/"))
-    if N % K:
-        raise argparse.ArgumentTypeError(
-            f"query heads must be a multiple of KV heads, got {N} and {K} in {text}"
-        )
-    return N, K, H
 
 
 def _start_report(options: argparse.Namespace) -> dict[str, Any]:

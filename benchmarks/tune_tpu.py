@@ -13,27 +13,26 @@ import argparse
 import functools
 import importlib.metadata
 import itertools
-import json
 import pathlib
 import sys
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 from benchmarks.aot import ROOT
+from benchmarks.arguments import parse_heads
+from benchmarks.tables import ESTIMATE, WALL_TIME, Shape, merge
 from benchmarks.tpu.chips import CHIPS
 from benchmarks.tpu.rows import HEADS
 from benchmarks.tpu.topology import missing_libtpu
 from benchmarks.tpu.trials import compiles, compiles_here, estimate, time_here
-from benchmarks.tpu.tuning import KERNELS, Shape, Tried, search
-from benchmarks.tpu_static import parse_heads
+from benchmarks.tpu.tuning import KERNELS, Tried, search
 from pallas_kernels.tpu.device import STREAMED_DTYPES, SUBLANES
-from pallas_kernels.tpu.tiles import TABLE, target_chip
+from pallas_kernels.tpu.tiles import target_chip
+from pallas_kernels.tuned import TABLE
 
 TABLE_PATH = ROOT / "pallas_kernels" / "tpu" / TABLE
-ESTIMATE, WALL_TIME = "compiler estimate", "wall time"
 
 
 def main() -> None:
@@ -66,16 +65,6 @@ def make_entry(found: Tried, source: str) -> dict[str, Any]:
     versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
     date = time.strftime("%Y-%m-%d")
     return {"tile": found.tile, "source": source, **figures, **versions, "date": date}
-
-
-def merge(path: pathlib.Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
-    """Puts entries into the file, an entry a line, in order; others stay, and so do times."""
-    table = json.loads(path.read_text()) if path.exists() else {}
-    for name, entry in entries.items():
-        if entry["source"] == WALL_TIME or table.get(name, entry)["source"] != WALL_TIME:
-            table[name] = entry
-    lines = [f" {json.dumps(name)}: {json.dumps(table[name])}" for name in sorted(table)]
-    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def _chip_here(options: argparse.Namespace) -> list[str]:

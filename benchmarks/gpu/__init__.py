@@ -1,1 +1,1 @@
-"""The parts of `benchmarks.gpu_check`: what is checked and measured on a GPU, a part a module."""
+"""The parts of `benchmarks.gpu_check`, a part a module, and compiling without a GPU."""

@@ -2,25 +2,29 @@
 
 A file is JSON: `{"32/8/128": [{...}, ...], ...}`, the fields of configurations by the heads they
 are for, or a list of them, for all heads or for those in a field `heads`. The default comes first.
+What `benchmarks.tune_gpu` has written is read as well: of it, what is for this GPU and these parts.
 """
 
 import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from benchmarks.gpu import decode, prefill
+from benchmarks.gpu.chips import GPUS
 from benchmarks.gpu.settings import Record, Settings
 from pallas_kernels.gpu.decode import paged_decode
 from pallas_kernels.gpu.ragged import RaggedConfig, paged_prefill
 from pallas_kernels.gpu.tiles import DecodeConfig
 
 SHOWN = 3  # of the best configurations of a shape
+BLOCK_SIZE = 16  # of the shapes of both parts
+SURVIVORS, COMPILED = "survivors", "compiled"  # in the tuner's files: cuts, and a cut's figures
 
 
 def run(settings: Settings, record: Record) -> None:
@@ -28,31 +32,45 @@ def run(settings: Settings, record: Record) -> None:
     if not settings.candidates:
         raise ValueError("the part candidates needs a file: --candidates FILE")
     contents = [json.loads(pathlib.Path(path).read_text()) for path in settings.candidates]
-    found = [candidate for content in contents for candidate in read(content)]
-    for kernel, config_class, time_all in (
-        (paged_decode, DecodeConfig, _time_decode),
-        (paged_prefill, RaggedConfig, _time_prefill),
-    ):
+    found = [candidate for content in contents for candidate in read(content, chip=chip_here())]
+    kernels: list[tuple[str, Any, Sequence[Any], Callable[..., dict[str, dict]]]] = [
+        ("decode", DecodeConfig, decode.shapes_for(settings), time_decode),
+        ("prefill", RaggedConfig, _prefill_shapes(settings), time_prefill),
+    ]
+    for kernel, config_class, shapes, time_all in kernels:
         fields = {field.name for field in dataclasses.fields(config_class)}
         mine = [one for one in found if set(one) - {"heads"} <= fields]
         found = [one for one in found if one not in mine]
-        if mine:
-            kernel = functools.partial(kernel, interpret=settings.backend.endswith("interpret"))
-            time_all(kernel, config_class, mine, settings, record)
+        for shape in shapes if mine else []:
+            configs = _configs(config_class, mine, shape.heads)
+            _record_best(f"{kernel} {shape.name}", time_all(shape, configs, settings), record)
     if found:
         raise ValueError(f"candidates whose fields no kernel has: {found[:3]}")
 
 
-def read(content: Any, heads: tuple[int, ...] | None = None) -> Iterator[dict]:
+def read(
+    content: Any, *, chip: str | None = None, heads: tuple[int, ...] | None = None
+) -> Iterator[dict]:
     """Each candidate's fields; `heads` among them where it is for these alone."""
     if isinstance(content, list):
         for one in content:
             own = tuple(one["heads"]) if "heads" in one else heads
-            fields = {key: value for key, value in one.items() if key != "heads"}
+            fields = {key: value for key, value in one.items() if key not in ("heads", COMPILED)}
             yield fields | ({} if own is None else {"heads": own})
         return
     for key, value in content.items():
-        yield from read(value, tuple(map(int, key.split("/"))))
+        if " " not in key:
+            yield from read(value, heads=tuple(map(int, key.split("/"))))
+            continue
+        _, its_chip, its_heads, dtype, block_size = key.split(" ")
+        if (its_chip, dtype, block_size) == (chip, decode.DTYPE, str(BLOCK_SIZE)):
+            yield from read(value[SURVIVORS], heads=tuple(map(int, its_heads.split("/"))))
+
+
+def chip_here() -> str | None:
+    """What is compiled for to run on the first device, by the compiler's name."""
+    capability = getattr(jax.devices()[0], "compute_capability", None)
+    return next((name for name, gpu in GPUS.items() if gpu.capability == capability), None)
 
 
 def _configs(config_class: Any, found: list[dict], heads: tuple[int, ...]) -> dict[str, Any]:
@@ -61,59 +79,71 @@ def _configs(config_class: Any, found: list[dict], heads: tuple[int, ...]) -> di
     for one in found:
         if one.get("heads", heads) == heads:
             fields = {key: value for key, value in one.items() if key != "heads"}
-            configs[" ".join(f"{k}={v}" for k, v in fields.items())] = config_class(**fields)
+            configs[cut_name(fields)] = config_class(**fields)
     return configs
 
 
-def _time_decode(
-    kernel: Callable[..., Any],
-    config_class: Any,
-    found: list[dict],
-    settings: Settings,
-    record: Record,
-) -> None:
-    def attend(q: Any, pool: Any, tables: Any, lens: Any, *, scale: float, config: Any) -> Any:
-        return kernel(q, pool, tables, lens, scale=scale, config=config)
-
-    for shape in decode.shapes_for(settings):
-        sides = {
-            name: decode.Side(
-                functools.partial(attend, scale=shape.scale, config=config), is_peer=True
-            )
-            for name, config in _configs(config_class, found, shape.heads).items()
-        }
-        results: dict[str, dict] = {}
-        decode.measure({shape: sides}, settings, results.__setitem__)
-        _record_best(f"decode {shape.name}", shape.name, results, record)
+def cut_name(fields: Mapping[str, int]) -> str:
+    """A configuration in words, by its fields."""
+    return " ".join(f"{name}={value}" for name, value in fields.items())
 
 
-def _time_prefill(
-    kernel: Callable[..., Any],
-    config_class: Any,
-    found: list[dict],
-    settings: Settings,
-    record: Record,
-) -> None:
-    def attend(q: Any, pool: Any, batch: Any, *, scale: float, config: Any) -> jax.Array:
+def time_decode(
+    shape: decode.DecodeShape, configs: Mapping[str, Any], settings: Settings
+) -> dict[str, dict]:
+    """What each configuration takes; the default where it is None."""
+    kernel = functools.partial(paged_decode, interpret=_is_interpreted(settings))
+
+    def attend(q: Any, pool: Any, tables: Any, lens: Any, *, config: Any) -> Any:
+        return kernel(q, pool, tables, lens, scale=shape.scale, config=config)
+
+    sides = {
+        name: decode.Side(functools.partial(attend, config=config), is_peer=True)
+        for name, config in configs.items()
+    }
+    results: dict[str, dict] = {}
+    decode.measure({shape: sides}, settings, results.__setitem__)
+    return _named(results, shape.name)
+
+
+def time_prefill(
+    shape: prefill.PrefillShape, configs: Mapping[str, Any], settings: Settings
+) -> dict[str, dict]:
+    """The same for a prompt."""
+    kernel = functools.partial(paged_prefill, interpret=_is_interpreted(settings))
+
+    def attend(q: Any, pool: Any, batch: Any, *, config: Any) -> jax.Array:
         decoded = jnp.zeros((batch.seq_lens.shape[0], *q.shape[1:]), q.dtype)
-        return kernel(q, pool, batch, decoded, scale=scale, config=config)
+        return kernel(q, pool, batch, decoded, scale=shape.scale, config=config)
 
-    for shape in filter(lambda shape: settings.wants(shape.name), prefill.SHAPES[settings.scale]):
-        sides = {
-            name: functools.partial(attend, scale=shape.scale, config=config)
-            for name, config in _configs(config_class, found, shape.heads).items()
-        }
-        results: dict[str, dict] = {}
-        prefill.measure({shape: sides}, settings, results.__setitem__)
-        _record_best(f"prefill {shape.name}", shape.name, results, record)
+    sides = {name: functools.partial(attend, config=config) for name, config in configs.items()}
+    results: dict[str, dict] = {}
+    prefill.measure({shape: sides}, settings, results.__setitem__)
+    return _named(results, shape.name)
 
 
-def _record_best(name: str, prefix: str, results: dict[str, dict], record: Record) -> None:
+def are_right(results: Mapping[str, dict]) -> dict[str, dict]:
+    """Those that have a time and compute the right thing."""
+    return {key: one for key, one in results.items() if "us" in one and "error" not in one}
+
+
+def _is_interpreted(settings: Settings) -> bool:
+    return settings.backend.endswith("interpret")
+
+
+def _named(results: dict[str, dict], shape_name: str) -> dict[str, dict]:
+    return {key.removeprefix(shape_name).strip(): result for key, result in results.items()}
+
+
+def _prefill_shapes(settings: Settings) -> list[prefill.PrefillShape]:
+    return [shape for shape in prefill.SHAPES[settings.scale] if settings.wants(shape.name)]
+
+
+def _record_best(name: str, results: dict[str, dict], record: Record) -> None:
     """The best of a shape, which must be right, the default's time, and all, best first."""
-    named = {key.removeprefix(prefix).strip(): result for key, result in results.items()}
-    timed = {key: one for key, one in named.items() if "us" in one and "error" not in one}
+    timed = are_right(results)
     ranked = sorted(timed, key=lambda key: timed[key]["us"])
-    failed = {key: one.get("error", one) for key, one in named.items() if key not in timed}
+    failed = {key: one.get("error", one) for key, one in results.items() if key not in timed}
     if not ranked:
         record(name, {"ok": False, "error": str(failed)[:300], "failed": failed})
         return

@@ -43,6 +43,7 @@ class DecodeShape:
     rows: int
     context: int
     block_size: int = 16
+    dtype: str = DTYPE
 
     @property
     def name(self) -> str:
@@ -53,7 +54,7 @@ class DecodeShape:
     def kv_bytes(self) -> int:
         """Bytes that a call must read."""
         _, K, H = self.heads
-        return self.rows * self.context * K * 2 * H * jnp.dtype(DTYPE).itemsize
+        return self.rows * self.context * K * 2 * H * jnp.dtype(self.dtype).itemsize
 
     @property
     def scale(self) -> float:
@@ -216,7 +217,7 @@ def _specs(shape: DecodeShape) -> list[jax.ShapeDtypeStruct]:
     B, spec = shape.rows, jax.ShapeDtypeStruct
     columns = -(-shape.context // shape.block_size)
     return [
-        spec((B, N, H), jnp.dtype(DTYPE)),
+        spec((B, N, H), jnp.dtype(shape.dtype)),
         spec((B, columns), jnp.int32),
         spec((B,), jnp.int32),
     ]
@@ -235,7 +236,7 @@ def _kv_specs(shape: DecodeShape, layout: Layout) -> list:
         Layout.PAGES: (blocks, S, K, H),
         Layout.HEAD_PAGES: (K, blocks, S, H),
     }
-    spec = jax.ShapeDtypeStruct(sizes[layout], jnp.dtype(DTYPE))
+    spec = jax.ShapeDtypeStruct(sizes[layout], jnp.dtype(shape.dtype))
     return [spec if layout is Layout.POOL else (spec, spec)] * turns
 
 
@@ -243,7 +244,7 @@ def _arrays(shape: DecodeShape, seed: int) -> dict[str, Any]:
     tables = shuffled_tables(seed, shape.rows, shape.context, shape.block_size)
     lens = jnp.full(shape.rows, shape.context, jnp.int32)
     N, _, H = shape.heads
-    q = random_array(random_key(seed + 99), (shape.rows, N, H), jnp.dtype(DTYPE))
+    q = random_array(random_key(seed + 99), (shape.rows, N, H), jnp.dtype(shape.dtype))
     return {"q": q, "rest": (jnp.asarray(tables), lens)}
 
 

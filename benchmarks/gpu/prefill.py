@@ -46,6 +46,7 @@ class PrefillShape:
     queries: int
     context: int
     block_size: int = 16
+    dtype: str = DTYPE
 
     @property
     def name(self) -> str:
@@ -71,11 +72,12 @@ class PrefillShape:
         return 4.0 * N * H * self.rows * self.queries * self.context
 
 
+BATCHES = [(1, 2048, 8192), (4, 512, 2048), (1, 2048, 2048)]  # rows, queries, context
 SHAPES = {
     "full": [
         PrefillShape(heads=heads, rows=rows, queries=queries, context=context)
         for heads in [(32, 8, 128), (9, 3, 64)]
-        for rows, queries, context in [(1, 2048, 8192), (4, 512, 2048), (1, 2048, 2048)]
+        for rows, queries, context in BATCHES
     ],
     "toy": [PrefillShape(heads=(6, 3, 16), rows=2, queries=12, context=40, block_size=8)],
 }
@@ -165,7 +167,7 @@ def _time(shape: PrefillShape, name: str, chain: Any, once: Any, seed: int) -> d
 
 def _specs(shape: PrefillShape) -> dict[str, Any]:
     N, K, H = shape.heads
-    spec, dtype = jax.ShapeDtypeStruct, jnp.dtype(DTYPE)
+    spec, dtype = jax.ShapeDtypeStruct, jnp.dtype(shape.dtype)
     pool = spec(paged_shape(shape.heads, shape.rows, shape.context, shape.block_size), dtype)
     cache = spec((shape.rows, shape.context, K, H), dtype)
     batch = jax.eval_shape(lambda: _batch(shape, seed=0))
@@ -190,7 +192,8 @@ def _batch(shape: PrefillShape, *, seed: int) -> PagedBatch:
 
 def _arrays(shape: PrefillShape, seed: int) -> tuple[jax.Array, PagedBatch]:
     N, _, H = shape.heads
-    q = random_array(random_key(seed + 99), (shape.rows * shape.queries, N, H), jnp.dtype(DTYPE))
+    size = (shape.rows * shape.queries, N, H)
+    q = random_array(random_key(seed + 99), size, jnp.dtype(shape.dtype))
     return q, _batch(shape, seed=seed)
 
 

@@ -42,6 +42,7 @@ class Compiled:
     compile_seconds: float  # without tracing and lowering
     hlo: str
     extra: list[Any]  # what the target returned besides
+    log: str  # what the compiler printed
 
 
 def missing_libtpu() -> str | None:

@@ -8,10 +8,11 @@ import jax
 
 from benchmarks.aot import NotCompiledError
 from benchmarks.gpu.timing import time_runs
+from benchmarks.tables import Shape
 from benchmarks.tpu import whole
 from benchmarks.tpu.rows import Row, estimate_row
 from benchmarks.tpu.topology import compile_for_tpu
-from benchmarks.tpu.tuning import Shape, Tile, Tried
+from benchmarks.tpu.tuning import Tile, Tried
 
 SHARE = 512  # tokens of a context that an estimate is of; in prefill for QUERIES queries
 CONTEXT = 16384  # of an estimate: even half of it is several turns of the longest tile

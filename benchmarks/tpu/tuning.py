@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 
+from benchmarks.tables import Shape
 from pallas_kernels.tpu.decode import MAX_TILE_BYTES
 from pallas_kernels.tpu.device import whole_lanes
-from pallas_kernels.tpu.tiles import USUAL_RING, entry_name
+from pallas_kernels.tpu.tiles import USUAL_RING
 
 KERNELS = ("decode", "prefill")
 DECODE_TOKENS = (256, 512, 1024, 2048, 4096)  # of a tile of keys and values
@@ -20,34 +21,6 @@ CLOSE = 1.03  # a win of less is not worth spills
 FEW_SPILLS = 64
 
 Tile = dict[str, int]  # fields of the kernel's tile
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Shape:
-    """What an entry of the table is for."""
-
-    kernel: str
-    chip: str
-    heads: tuple[int, int, int]
-    dtype: str
-    block_size: int
-
-    @property
-    def name(self) -> str:
-        """Its key in the table."""
-        return entry_name(
-            self.kernel,
-            chip=self.chip,
-            heads=self.heads,
-            dtype=self.dtype,
-            block_size=self.block_size,
-        )
-
-    @property
-    def token_bytes(self) -> int:
-        """What a token of a KV tile takes in VMEM, in what it is multiplied in."""
-        _, K, H = self.heads
-        return K * whole_lanes(2 * H) * max(jnp.dtype(self.dtype).itemsize, 2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,14 +79,20 @@ def choose(shape: Shape, tried: Sequence[Tried]) -> Tried:
 def tile_bytes(shape: Shape, tile: Tile) -> int:
     """Of a KV tile, and of the query tile if there is one."""
     N, K, _ = shape.heads
-    query_bytes = tile.get("tokens", 0) * N * shape.token_bytes // (2 * K)
-    return tile["blocks"] * shape.block_size * shape.token_bytes + query_bytes
+    query_bytes = tile.get("tokens", 0) * N * _token_bytes(shape) // (2 * K)
+    return tile["blocks"] * shape.block_size * _token_bytes(shape) + query_bytes
+
+
+def _token_bytes(shape: Shape) -> int:
+    """What a token of a KV tile takes in VMEM, in what it is multiplied in."""
+    _, K, H = shape.heads
+    return K * whole_lanes(2 * H) * max(jnp.dtype(shape.dtype).itemsize, 2)
 
 
 def _candidates(shape: Shape) -> list[Tile]:
     """All pairs of sizes: the best of one hangs on the other."""
     if shape.kernel == "decode":
-        sizes = [C for C in DECODE_TOKENS if C * shape.token_bytes <= MAX_TILE_BYTES]
+        sizes = [C for C in DECODE_TOKENS if C * _token_bytes(shape) <= MAX_TILE_BYTES]
         blocks = sorted({max(1, C // shape.block_size) for C in sizes or DECODE_TOKENS[:1]})
         return [{"blocks": count, "ring": ring} for count in blocks for ring in RINGS]
     blocks = sorted({max(1, C // shape.block_size) for C in PREFILL_TOKENS})

@@ -14,9 +14,9 @@ from jaxtyping import Array, Float, Int32, Real
 from pallas_kernels.gpu.common import LOG2_E, check_arrays, head_scales, indices, nothing
 from pallas_kernels.gpu.merge import merge
 from pallas_kernels.gpu.splits import ceil_div, live_splits, max_splits
-from pallas_kernels.gpu.tiles import DecodeConfig, decode_config, padded_size
+from pallas_kernels.gpu.tiles import DecodeConfig, choose_decode_config, padded_size
 from pallas_kernels.layout import MASKED
-from pallas_kernels.quantize import is_quantized, product_dtype
+from pallas_kernels.quantize import product_dtype
 
 
 def paged_decode(
@@ -37,14 +37,12 @@ def paged_decode(
 
     The token is the one at position `seq_lens - 1`, and its K and V are in the pool. Slots at and
     behind `seq_lens`, slots that have left the window and blocks that no row names may hold NaN.
-    `config` says how the work is cut, by default as `decode_config` finds. The query is rounded
-    to the pool's dtype, or a pool of eight bits widened to the query's. ValueError for a dtype or a
-    size that the kernel does not take.
+    `config` says how the work is cut, by default as `choose_decode_config` finds. The query is
+    rounded to the pool's dtype, or a pool of eight bits widened to the query's. ValueError for a
+    dtype or a size that the kernel does not take.
     """
     check_arrays(q, pool)
-    config = config or decode_config(
-        q.shape[2], product_dtype(q, pool), is_widened=is_quantized(pool.dtype)
-    )
+    config = config or choose_decode_config(q, pool)
     num_splits = max_splits(block_tables.shape[1] * pool.shape[2], config.split_tokens, window)
     num_splits = max(num_splits, 1 if sinks is None else 2)  # the merge takes sinks in
     partials = _decode_call(

@@ -27,10 +27,12 @@ from pallas_kernels.gpu.common import (
     indices,
     nothing,
 )
-from pallas_kernels.gpu.tiles import MIN_TILE_TOKENS, padded_size
+from pallas_kernels.gpu.device import target_capability
+from pallas_kernels.gpu.tiles import MIN_TILE_TOKENS, padded_size, tuned_fields
 from pallas_kernels.layout import MASKED, PagedBatch
 from pallas_kernels.quantize import product_dtype
 
+NARROW_CAPABILITIES = ("8.0", "8.6", "8.7", "8.9")  # whose matrix instructions are narrow
 SMALL_CAPABILITIES = ("8.6", "8.9", "12.0", "12.1")  # 99 KiB of shared memory, others 163 or more
 
 
@@ -84,7 +86,7 @@ def paged_prefill(
     P, K, S, W = pool.shape
     G, M = N // K, batch.block_tables.shape[1]
     _check(q, pool)
-    config = config or default_config(q, pool)
+    config = config or choose_config(q, pool)
     query_tokens = config.query_rows // G
     if query_tokens == 0:
         raise ValueError(f"query_rows={config.query_rows} has no room for {G} queries a KV head")
@@ -134,13 +136,16 @@ def _with_decoded(
     return q.at[tokens_B].set(decoded.astype(q.dtype), mode="drop", unique_indices=True)
 
 
-def default_config(
-    q: Float[Array, "T N H"], pool: Real[Array, "P K S W"], *, small: bool | None = None
-) -> RaggedConfig:
+def choose_config(q: Float[Array, "T N H"], pool: Real[Array, "P K S W"]) -> RaggedConfig:
+    """The table's sizes, or the formula's."""
+    fields = tuned_fields("prefill", q, pool)
+    return default_config(q, pool) if fields is None else RaggedConfig(**fields)
+
+
+def default_config(q: Float[Array, "T N H"], pool: Real[Array, "P K S W"]) -> RaggedConfig:
     """Sizes that compile without a spilled register for compute capability 8.0, 8.9 and 9.0.
 
-    Of those that do, the fastest of a few on an H100 (benchmarks/results). `small` says whether a
-    program has 99 KiB of shared memory at most; by default the first device is asked.
+    Of those that do, the fastest of a few on an H100 (benchmarks/results).
     """
     _, N, H = q.shape
     lanes, rows = padded_size(H), pl.next_power_of_2(N // pool.shape[1])
@@ -155,16 +160,15 @@ def default_config(
         )
     if lanes > 128:
         return RaggedConfig(query_rows=max(rows, 64), context_tokens=32, num_stages=2)
+    capability = target_capability()
     if lanes <= 64:
-        return RaggedConfig(query_rows=max(rows, 64), num_warps=4)
+        # Before Hopper twice as many tokens spill a few bytes, with some options or eight bits.
+        context = 32 if capability in NARROW_CAPABILITIES else 64
+        return RaggedConfig(query_rows=max(rows, 64), context_tokens=context, num_warps=4)
     if H < 128:
         return RaggedConfig(query_rows=max(rows, 128), context_tokens=32)
-    small = _is_small() if small is None else small
-    return RaggedConfig(query_rows=max(rows, 128), num_stages=2 if small else 3)
-
-
-def _is_small() -> bool:
-    return getattr(jax.devices()[0], "compute_capability", None) in SMALL_CAPABILITIES
+    is_small = capability in SMALL_CAPABILITIES
+    return RaggedConfig(query_rows=max(rows, 128), num_stages=2 if is_small else 3)
 
 
 def _check(q: Float[Array, "T N H"], pool: Real[Array, "P K S W"]) -> None:

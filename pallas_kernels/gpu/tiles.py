@@ -1,9 +1,20 @@
-"""How a kernel is cut: tile, split, warps and stages, by formula."""
+"""How a kernel is cut: tile, split, warps and stages, by the table beside this file or by formula.
+
+`python -m benchmarks.tune_gpu` fills the table. What has no entry is cut by a formula.
+"""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Real
+
+from pallas_kernels import tuned
+from pallas_kernels.gpu.device import target_chip
+from pallas_kernels.quantize import is_quantized, product_dtype
+from pallas_kernels.tuned import entry_name
 
 MIN_TILE_TOKENS = 16  # a matrix instruction's depth
 TILE_BYTES = 32 << 10  # keys and values of a tile; with three stages two such are in flight
@@ -43,6 +54,41 @@ class DecodeConfig:
                 "num_stages and num_programs must be at least 1, "
                 f"got {self.num_stages} and {self.num_programs}"
             )
+
+
+def choose_decode_config(q: Float[Array, "B N H"], pool: Real[Array, "P K S W"]) -> DecodeConfig:
+    """The table's cut, or the formula's."""
+    fields = tuned_fields("decode", q, pool)
+    return default_decode_config(q, pool) if fields is None else DecodeConfig(**fields)
+
+
+def default_decode_config(q: Float[Array, "B N H"], pool: Real[Array, "P K S W"]) -> DecodeConfig:
+    """The formula's cut for these arrays."""
+    return decode_config(q.shape[2], product_dtype(q, pool), is_widened=is_quantized(pool.dtype))
+
+
+def tuned_fields(
+    kernel: str, q: Float[Array, "T N H"], pool: Real[Array, "P K S W"]
+) -> dict[str, int] | None:
+    """The fields of the table's cut for the GPU compiled for, or None.
+
+    Shapes alone decide, never the batch's size nor its lengths: what else is computed must not
+    change a row's bits.
+    """
+    chip = target_chip()
+    # Entries are timed on pools of 16 and 32 bits, whose queries are rounded to them.
+    if chip is None or is_quantized(pool.dtype):
+        return None
+    _, N, H = q.shape
+    _, K, S, _ = pool.shape
+    name = entry_name(kernel, chip=chip, heads=(N, K, H), dtype=pool.dtype.name, block_size=S)
+    entry = read_table().get(name)
+    return None if entry is None else dict(entry["config"])
+
+
+def read_table() -> Mapping[str, Mapping[str, Any]]:
+    """Every entry: its cut, and where the choice came from."""
+    return tuned.read_table("pallas_kernels.gpu")
 
 
 def decode_config(head_size: int, dtype: DTypeLike, *, is_widened: bool = False) -> DecodeConfig:

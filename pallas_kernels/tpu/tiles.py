@@ -5,9 +5,6 @@ each kernel.
 """
 
 import dataclasses
-import functools
-import importlib.resources
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,9 +12,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Real
 
+from pallas_kernels import tuned
 from pallas_kernels.tpu.device import LANES, whole_lanes
+from pallas_kernels.tuned import entry_name
 
-TABLE = "tiles.json"
 USUAL_RING = 3
 
 
@@ -82,15 +80,6 @@ def target_chip() -> str | None:
     return "tpu7x" if version == "7x" else version
 
 
-def entry_name(
-    kernel: str, *, chip: str, heads: tuple[int, int, int], dtype: str, block_size: int
-) -> str:
-    """The key of an entry: kernel, chip, query heads/KV heads/head size, pool and block size."""
-    return f"{kernel} {chip} {'/'.join(map(str, heads))} {dtype} {block_size}"
-
-
-@functools.cache
 def read_table() -> Mapping[str, Mapping[str, Any]]:
     """Every entry: its tile, and where the choice came from."""
-    folder = importlib.resources.files("pallas_kernels.tpu")
-    return json.loads(folder.joinpath(TABLE).read_text())
+    return tuned.read_table("pallas_kernels.tpu")

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import tune_tpu
+from benchmarks.tables import Shape, merge
 from benchmarks.tpu import trials, tuning, whole
 from benchmarks.tpu.topology import missing_libtpu
-from benchmarks.tpu.tuning import Shape, Tile, Tried, choose, search
-from benchmarks.tune_tpu import TABLE_PATH, merge
+from benchmarks.tpu.tuning import Tile, Tried, choose, search
+from benchmarks.tune_tpu import TABLE_PATH
 
 DECODE = Shape(kernel="decode", chip="v5e", heads=(9, 3, 64), dtype="bfloat16", block_size=16)
 PREFILL = Shape(kernel="prefill", chip="v5e", heads=(9, 3, 64), dtype="bfloat16", block_size=16)

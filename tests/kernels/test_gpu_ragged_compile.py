@@ -9,16 +9,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import PagedBatch, pool_shape
-from pallas_kernels.gpu import ragged
-from tests.kernels.gpu_topology import (
-    EIGHT_BITS,
-    GPUS,
-    HEADS,
-    compile_for_gpu,
-    missing_cuda,
-    num_lowered_for_cuda,
-)
+from benchmarks.gpu.builds import HEADS, build_prefill
+from benchmarks.gpu.chips import GPUS
+from benchmarks.gpu.topology import compile_for_gpu, missing_cuda
+from tests.kernels.gpu_topology import EIGHT_BITS, num_lowered_for_cuda
 
 with_compiler = pytest.mark.skipif(missing_cuda() is not None, reason=missing_cuda() or "")
 
@@ -47,7 +41,7 @@ def test_prefill_with_sinks_lowers_for_cuda():
 @pytest.mark.parametrize("chip", GPUS)
 @pytest.mark.timeout(700)  # more than the compiler's
 def test_prefill_fits_registers_and_shared_memory(chip: str, pool_dtype: str | None):
-    options = {"small": chip == "sm_89", "pool_dtype": pool_dtype}
+    options = {"pool_dtype": pool_dtype}
     build = functools.partial(
         compile_for_gpu, f"{__name__}:build_all", chip=chip, options=options, timeout=600
     )
@@ -58,7 +52,7 @@ def test_prefill_fits_registers_and_shared_memory(chip: str, pool_dtype: str | N
     compiled = build()
     assert any(kernel.name == "paged_prefill" for kernel in compiled.kernels)
     for kernel in compiled.kernels:
-        assert kernel.shared_bytes < GPUS[chip].shared_memory - 1 << 10
+        assert kernel.shared_bytes <= GPUS[chip].most_shared_bytes
 
 
 @with_compiler
@@ -72,36 +66,7 @@ def test_the_answer_takes_the_place_of_a_donated_query(heads: tuple[int, int, in
         assert math.prod(kernel.grid) * kernel.threads * 8 < query_bytes // 2
 
 
-def build_prefill(
-    *,
-    heads: tuple[int, int, int] = (9, 3, 64),
-    dtype: str = "bfloat16",
-    pool_dtype: str | None = None,
-    block_size: int = 16,
-    num_tokens: int = 2048,
-    num_rows: int = 5,
-    max_blocks: int = 80,
-    num_blocks: int = 4096,
-    **options: Any,
-) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """Prefill over a pool of `num_blocks`, for `compile_for_gpu`."""
-    N, K, H = heads
-    shape = pool_shape(num_blocks=num_blocks, num_kv_heads=K, block_size=block_size, head_size=H)
-    shapes = [(num_rows, max_blocks), (num_rows + 1,), (num_rows,), ()]
-    integers: Any = [jax.ShapeDtypeStruct(each, jnp.int32) for each in shapes]
-    if pool_dtype is not None:
-        options["kv_scales"] = jnp.ones((2, K))
-    return functools.partial(ragged.paged_prefill, scale=0.2, **options), (
-        jax.ShapeDtypeStruct((num_tokens, N, H), dtype),
-        jax.ShapeDtypeStruct(shape, pool_dtype or dtype),
-        PagedBatch(*integers),
-        jax.ShapeDtypeStruct((num_rows, N, H), dtype),
-    )
-
-
-def build_all(
-    *, small: bool, pool_dtype: str | None = None
-) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def build_all(*, pool_dtype: str | None = None) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """Prefill by every default size in one program, with the options, which take registers."""
     options = {"block_size": 128, "window": 1000, "soft_cap": 30.0, "pool_dtype": pool_dtype}
     cases = [
@@ -109,12 +74,10 @@ def build_all(
         for heads in ((9, 3, 64), (8, 2, 80), (32, 8, 128), (4, 1, 256))
         for dtype in ("bfloat16", "float32")
     ]
-    configs = [ragged.default_config(*arguments[:2], small=small) for _, arguments in cases]
     functions = [function for function, _ in cases]
 
     def attend(*arguments):
-        every = zip(functions, arguments, configs, strict=True)
-        return [function(*each, config=config) for function, each, config in every]
+        return [function(*each) for function, each in zip(functions, arguments, strict=True)]
 
     return attend, tuple(arguments for _, arguments in cases)
 

@@ -16,18 +16,14 @@ import numpy as np
 import pytest
 from jaxtyping import TypeCheckError
 
+from benchmarks.gpu.chips import GPUS
+from benchmarks.gpu.topology import compile_for_gpu, missing_cuda
 from pallas_kernels import Backend, pool_shape, reference
 from pallas_kernels import write_kv as dispatched_write
 from pallas_kernels.gpu import copy
 from pallas_kernels.gpu.write import write_kv
 from pallas_kernels.quantize import LARGEST, quantize
-from tests.kernels.gpu_topology import (
-    EIGHT_BITS,
-    GPUS,
-    compile_for_gpu,
-    missing_cuda,
-    num_lowered_for_cuda,
-)
+from tests.kernels.gpu_topology import EIGHT_BITS, num_lowered_for_cuda
 
 with_compiler = pytest.mark.skipif(missing_cuda() is not None, reason=missing_cuda() or "")
 P, K, S, H = 7, 3, 8, 10
