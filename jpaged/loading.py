@@ -50,7 +50,12 @@ def build_engine(options: Options) -> BuiltEngine:
         weights_dtype = _dtype(options.dtype, checkpoint, device)
         # A bfloat16 scatter on a CPU converts the whole pool (JAX 0.10), so it stays float32.
         pool_dtype = jnp.float32 if device.platform == "cpu" else weights_dtype
-        check_pool_of(backend, block_size=limits.block_size, dtype=pool_dtype)
+        check_pool_of(
+            backend,
+            block_size=limits.block_size,
+            dtype=pool_dtype,
+            head_size=config.head_size,
+        )
         size = block_bytes(config, block_size=limits.block_size, dtype=pool_dtype, backend=backend)
         num_swap_blocks = swap_blocks(options.swap_space, size=size)
         limits = dataclasses.replace(limits, num_swap_blocks=num_swap_blocks)

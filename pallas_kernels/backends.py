@@ -3,6 +3,7 @@
 import enum
 import functools
 import logging
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.cpu import attention as cpu
 from pallas_kernels.cpu.build import BuildError
+from pallas_kernels.gpu.mosaic import limits as mosaic
 from pallas_kernels.tpu import device as tpu
 
 logger = logging.getLogger(__name__)  # unconfigured, Python prints its warnings on stderr
@@ -25,6 +27,8 @@ class Backend(enum.Enum):
     PALLAS_TPU_INTERPRET = "pallas-tpu-interpret"  # the TPU kernel simulated, for tests
     PALLAS_GPU = "pallas-gpu"
     PALLAS_GPU_INTERPRET = "pallas-gpu-interpret"  # the GPU kernel on any device, for tests
+    MOSAIC_GPU = "mosaic-gpu"  # for Hopper alone, through Mosaic where `pallas-gpu` is Triton
+    MOSAIC_GPU_INTERPRET = "mosaic-gpu-interpret"  # the same simulated, for tests
 
 
 OLD_TPUS = ("TPU v2", "TPU v3")  # with too few semaphores for the copies on their way
@@ -32,6 +36,7 @@ MIN_FLOAT8_CAPABILITY = 8.9  # Triton converts from float8_e4m3fn on none below
 MIN_CAPABILITY = 8.0  # of a GPU: XLA compiles no Triton below
 TPU_BACKENDS = (Backend.PALLAS_TPU, Backend.PALLAS_TPU_INTERPRET)
 GPU_BACKENDS = (Backend.PALLAS_GPU, Backend.PALLAS_GPU_INTERPRET)
+MOSAIC_BACKENDS = (Backend.MOSAIC_GPU, Backend.MOSAIC_GPU_INTERPRET)
 
 
 def default_backend(platform: str | None = None) -> Backend:
@@ -65,7 +70,12 @@ def choose_backend(name: str, platform: str) -> Backend:
     except ValueError:
         names = ["auto", *(backend.value for backend in Backend)]
         raise ValueError(f"attention_backend must be one of {names}, got {name!r}") from None
-    needs = {Backend.CPU: "cpu", Backend.PALLAS_TPU: "tpu", Backend.PALLAS_GPU: "gpu"}
+    needs = {
+        Backend.CPU: "cpu",
+        Backend.PALLAS_TPU: "tpu",
+        Backend.PALLAS_GPU: "gpu",
+        Backend.MOSAIC_GPU: "gpu",
+    }
     needed = needs.get(backend, platform)
     if platform != needed:
         raise ValueError(f"attention_backend={name!r} needs a {needed}, this is a {platform}")
@@ -79,12 +89,14 @@ def choose_backend(name: str, platform: str) -> Backend:
     return backend
 
 
-def check_pool_of(backend: Backend, *, block_size: int, dtype: DTypeLike) -> None:
+def check_pool_of(backend: Backend, *, block_size: int, dtype: DTypeLike, head_size: int) -> None:
     """Raises ValueError where the backend takes no such pool, before there is one."""
     if backend in TPU_BACKENDS:
         tpu.check_pool(block_size, dtype)
+    if backend in MOSAIC_BACKENDS:
+        mosaic.check_pool(block_size=block_size, dtype=dtype, head_size=head_size)
     if backend is Backend.PALLAS_GPU and jnp.dtype(dtype) == jnp.float8_e4m3fn:
-        capability = float(getattr(jax.devices()[0], "compute_capability", 0))
+        capability = _capability(jax.devices()[0])
         if capability < MIN_FLOAT8_CAPABILITY:
             raise ValueError(
                 f"a pool of float8_e4m3fn needs compute capability {MIN_FLOAT8_CAPABILITY}, this "
@@ -94,25 +106,32 @@ def check_pool_of(backend: Backend, *, block_size: int, dtype: DTypeLike) -> Non
 
 def _unfit(backend: Backend) -> str | None:
     """Why a backend's kernels cannot run on the first device, or None."""
-    if backend is Backend.PALLAS_TPU:
-        kind = jax.devices()[0].device_kind
-        return f"they need a TPU v4 or later, this is a {kind}" if kind in OLD_TPUS else None
-    return _unfit_gpu() if backend is Backend.PALLAS_GPU else None
-
-
-def _unfit_gpu() -> str | None:
     device = jax.devices()[0]
-    capability = str(getattr(device, "compute_capability", ""))
+    if backend is Backend.PALLAS_TPU:
+        kind = device.device_kind
+        return f"they need a TPU v4 or later, this is a {kind}" if kind in OLD_TPUS else None
+    if backend in MOSAIC_BACKENDS:
+        interpreted = backend is Backend.MOSAIC_GPU_INTERPRET
+        if reason := mosaic.missing_jax(interpreted=interpreted):
+            return reason
+        if not interpreted and _capability(device) != mosaic.HOPPER:
+            return _needs_capability(f"{mosaic.HOPPER} (Hopper)", device)
+    if backend is Backend.PALLAS_GPU and _capability(device) < MIN_CAPABILITY:
+        return _needs_capability(str(MIN_CAPABILITY), device)
+    return None
+
+
+def _capability(device: Any) -> float:
+    """A GPU's compute capability; 0 where it has none, as AMD's, which are names."""
     try:
-        fits = float(capability) >= MIN_CAPABILITY
-    except ValueError:  # AMD's are names
-        fits = False
-    if fits:
-        return None
-    return (
-        f"they need compute capability {MIN_CAPABILITY}, "
-        f"{device.device_kind} has {capability or 'none'}"
-    )
+        return float(getattr(device, "compute_capability", 0))
+    except ValueError:
+        return 0.0
+
+
+def _needs_capability(needed: str, device: Any) -> str:
+    found = getattr(device, "compute_capability", None) or "none"
+    return f"they need compute capability {needed}, {device.device_kind} has {found}"
 
 
 @functools.cache

@@ -1,17 +1,20 @@
 """The three jobs, each given to the backend that was asked for."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Real
 
 from pallas_kernels import reference, xla
-from pallas_kernels.backends import GPU_BACKENDS, TPU_BACKENDS, Backend
+from pallas_kernels.backends import GPU_BACKENDS, MOSAIC_BACKENDS, TPU_BACKENDS, Backend
 from pallas_kernels.checks import check_attention, check_batch, check_rows, check_write
 from pallas_kernels.cpu import attention as cpu
 from pallas_kernels.gpu import copy as gpu_copy
 from pallas_kernels.gpu import decode as gpu_decode
 from pallas_kernels.gpu import ragged as gpu_ragged
+from pallas_kernels.gpu.mosaic import limits as mosaic_limits
 from pallas_kernels.layout import PagedBatch, decode_batch
 from pallas_kernels.quantize import quantize
 from pallas_kernels.tpu import decode as tpu_decode
@@ -61,6 +64,8 @@ def paged_decode(
         return gpu_decode.paged_decode(
             q, pool, block_tables, seq_lens, interpret=interpret, **options
         )
+    if backend in MOSAIC_BACKENDS:
+        return _mosaic("paged_decode", backend, q, pool)(q, pool, block_tables, seq_lens, **options)
     if backend is Backend.XLA:
         return xla.paged_decode(q, pool, block_tables, seq_lens, **options)
     batch = decode_batch(block_tables, seq_lens)
@@ -101,6 +106,8 @@ def paged_attention(
     if backend in TPU_BACKENDS:
         interpret = backend is Backend.PALLAS_TPU_INTERPRET
         return tpu_ragged.paged_prefill(q, pool, batch, decoded, interpret=interpret, **options)
+    if backend in MOSAIC_BACKENDS:
+        return _mosaic("paged_prefill", backend, q, pool)(q, pool, batch, decoded, **options)
     return xla.paged_prefill(q, pool, batch, decoded, **options)
 
 
@@ -146,6 +153,18 @@ def copy_blocks(
         interpret = backend is Backend.PALLAS_GPU_INTERPRET
         return gpu_copy.copy_blocks(pools, copies, count, interpret=interpret)
     return xla.copy_blocks(pools, copies, count)
+
+
+def _mosaic(
+    job: str, backend: Backend, q: Float[Array, "T N H"], pool: Real[Array, "P K S W"]
+) -> Callable[..., Any]:
+    """A kernel that takes these arrays."""
+    mosaic_limits.check_arrays(q, pool)
+    # Not before it is asked for: an older JAX does not have what it imports.
+    from pallas_kernels.gpu.mosaic import decode, prefill
+
+    kernels = {"paged_decode": decode.paged_decode, "paged_prefill": prefill.paged_prefill}
+    return functools.partial(kernels[job], interpret=backend is Backend.MOSAIC_GPU_INTERPRET)
 
 
 def _given(**options: Any) -> dict[str, Any]:

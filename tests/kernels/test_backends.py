@@ -86,16 +86,16 @@ def test_another_device_gets_xla_and_one_line_says_why(
 def test_a_pool_that_a_tpu_does_not_take_is_refused_before_it_is_there(
     block_size: int, dtype: str, message: str
 ):
-    check_pool_of(Backend.XLA, block_size=block_size, dtype=dtype)
-    check_pool_of(Backend.PALLAS_TPU, block_size=16, dtype="bfloat16")
+    check_pool_of(Backend.XLA, block_size=block_size, dtype=dtype, head_size=64)
+    check_pool_of(Backend.PALLAS_TPU, block_size=16, dtype="bfloat16", head_size=64)
     with pytest.raises(ValueError, match=message):
-        check_pool_of(Backend.PALLAS_TPU, block_size=block_size, dtype=dtype)
+        check_pool_of(Backend.PALLAS_TPU, block_size=block_size, dtype=dtype, head_size=64)
 
 
 def test_float8_on_a_gpu_that_cannot_convert_it_is_refused(monkeypatch: pytest.MonkeyPatch):
     use(monkeypatch, Gpu("8.9"))
-    check_pool_of(Backend.PALLAS_GPU, block_size=16, dtype="float8_e4m3fn")
+    check_pool_of(Backend.PALLAS_GPU, block_size=16, dtype="float8_e4m3fn", head_size=64)
     use(monkeypatch, Gpu("8.0"))
-    check_pool_of(Backend.PALLAS_GPU, block_size=16, dtype="int8")
+    check_pool_of(Backend.PALLAS_GPU, block_size=16, dtype="int8", head_size=64)
     with pytest.raises(ValueError, match=r"capability 8\.9, this GPU has 8\.0; take int8, or use"):
-        check_pool_of(Backend.PALLAS_GPU, block_size=16, dtype="float8_e4m3fn")
+        check_pool_of(Backend.PALLAS_GPU, block_size=16, dtype="float8_e4m3fn", head_size=64)
