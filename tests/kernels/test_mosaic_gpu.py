@@ -155,7 +155,7 @@ def test_a_wait_that_is_left_out_is_found(monkeypatch: pytest.MonkeyPatch, modul
     monkeypatch.setattr(plgpu, "barrier_wait", wait_but_for_one)
     case = rounded(make_case([(70, 200)], heads=(4, 2, 64), block_size=16), DTYPE)
     try:
-        with pytest.raises(Exception, match="RACE DETECTED|no threads observed"):
+        with pytest.raises(Exception, match=r"RACE DETECTED|no threads observed"):
             decode(decode_case([200])) if module == "decode" else prefill(case)
     finally:
         simulation.reset_gpu_interpret_mode_state()  # else the next simulation waits for ever

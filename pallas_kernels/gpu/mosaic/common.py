@@ -6,11 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import mosaic_gpu
 from jaxtyping import Array, Float, Int32, Shaped
 
 from pallas_kernels.gpu.common import LOG2_E
 from pallas_kernels.gpu.mosaic.limits import SWIZZLE_ROWS
+
+plgpu: Any = mosaic_gpu  # whose types change from one JAX to the next
 
 WARPGROUP_ROWS = 64  # of a warpgroup's matrix instruction
 SWIZZLE_LANES = 64  # of 16 bits
@@ -35,7 +37,7 @@ def num_processors(*, interpret: bool) -> int:
     return getattr(jax.devices()[0], "core_count", None) or PROCESSORS
 
 
-def simulator(interpret: bool) -> plgpu.InterpretGPUParams | None:
+def simulator(interpret: bool) -> Any:
     """What `plgpu.kernel` is to interpret by, or None: with threads, and a look-out for races."""
     return plgpu.InterpretGPUParams(detect_races=True) if interpret else None
 
@@ -109,7 +111,7 @@ def row_iota(size: int) -> Int32[Array, " X"]:
     return plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=ROWS)
 
 
-def column_iota(shape: tuple[int, int]) -> Int32[Array, "X Y"]:
+def column_iota(shape: tuple[int, ...]) -> Int32[Array, "X Y"]:
     """Each column's index, in the layout of a matrix instruction's result."""
     return plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
 

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.gpu.common import LOG2_E
@@ -29,6 +28,7 @@ from pallas_kernels.gpu.mosaic.common import (
     num_processors,
     piece_rows,
     pieces_of,
+    plgpu,
     product,
     simulator,
     soft_capped,

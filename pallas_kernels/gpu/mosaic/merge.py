@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
@@ -14,6 +13,7 @@ from pallas_kernels.gpu.mosaic.common import (
     by_rows,
     full_rows,
     named,
+    plgpu,
     simulator,
     zero_matrix,
 )

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.gpu.batch import list_tiles, with_decoded
@@ -33,6 +32,7 @@ from pallas_kernels.gpu.mosaic.common import (
     named,
     piece_rows,
     pieces_of,
+    plgpu,
     product,
     row_iota,
     simulator,
