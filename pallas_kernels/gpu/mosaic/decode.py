@@ -265,18 +265,23 @@ def _paged_decode_kernel(
                 tile_ref = kv_smem.at[slot]
                 keys_ref, values_ref = tile_ref.at[:, pl.ds(0, H)], tile_ref.at[:, pl.ds(H, H)]
 
-                @pl.when((first < start) | (first + C > end))
+                is_edge = (first < start) | (first + C > end)
+
+                @pl.when(is_edge)
                 def clear():
                     clear_unseen(values_ref, start - first, end - first)
+
+                def hide(logits_XC):
+                    positions_XC = column_iota(logits_XC.shape) + first
+                    seen_XC = (positions_XC >= start) & (positions_XC < end)
+                    return jnp.where(seen_XC, logits_XC, MASKED)
 
                 logits_XC = product(q_smem.at[side], keys_ref)
                 if soft_cap is None:
                     logits_XC *= scale * LOG2_E
                 else:
                     logits_XC = soft_capped(logits_XC, scale, soft_cap)
-                positions_XC = column_iota(logits_XC.shape) + first
-                seen_XC = (positions_XC >= start) & (positions_XC < end)
-                logits_XC = jnp.where(seen_XC, logits_XC, MASKED)
+                logits_XC = jax.lax.cond(is_edge, hide, lambda x: x, logits_XC)
                 new_high_X = jnp.maximum(high_X, jnp.max(logits_XC, axis=1))
                 shrink_X = jnp.exp2(high_X - new_high_X)
                 weights_XC = jnp.exp2(logits_XC - by_rows(new_high_X, C))
