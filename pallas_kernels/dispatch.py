@@ -149,8 +149,8 @@ def copy_blocks(
 
     They are done in order: a destination may have been the source of a copy before it.
     """
-    if backend in GPU_BACKENDS:
-        interpret = backend is Backend.PALLAS_GPU_INTERPRET
+    if backend in (*GPU_BACKENDS, *MOSAIC_BACKENDS):
+        interpret = backend not in (Backend.PALLAS_GPU, Backend.MOSAIC_GPU)
         return gpu_copy.copy_blocks(pools, copies, count, interpret=interpret)
     return xla.copy_blocks(pools, copies, count)
 
