@@ -2,7 +2,7 @@
 
 Each takes a share, the larger the less it compiles for a point: of `cpu`, whose C++ is compiled
 already, any four values of different axes meet; of `xla` any three do; of the simulated TPU kernels
-and of the interpreted GPU kernels any two do.
+and of the interpreted GPU kernels, of Triton and of Mosaic, any two do.
 """
 
 import contextlib
@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import Backend, paged_attention, paged_decode
+from pallas_kernels.gpu.mosaic.limits import HEAD_SIZES as HEAD_SIZES_OF_MOSAIC
+from pallas_kernels.gpu.mosaic.limits import missing_jax
 from tests.helpers import TOLERANCES, assert_close
 from tests.kernels.cases import (
     BACKENDS,
@@ -59,16 +61,27 @@ QUANTIZED = [None, "int8", "float8_e4m3fn"]
 AXES = (WINDOWS, HEADS, SOFT_CAPS, HEAD_SIZES, BLOCK_SIZES, SINKS, DTYPES, QUANTIZED)
 POINTS = [Point(*values) for values in itertools.product(*AXES)]
 TPU_POINTS = [point for point in POINTS if point.quantized or point.dtype != "float16"]
+MOSAIC_POINTS = [
+    point
+    for point in POINTS
+    if point.head_size in HEAD_SIZES_OF_MOSAIC
+    and point.dtype != "float32"
+    and point.quantized is None
+]
 SHARES = {
     Backend.CPU: POINTS[::17],
     Backend.XLA: POINTS[::71],
     Backend.PALLAS_TPU_INTERPRET: TPU_POINTS[::337],
     Backend.PALLAS_GPU_INTERPRET: POINTS[::326],
+    Backend.MOSAIC_GPU_INTERPRET: MOSAIC_POINTS[::37],
 }
+SIMULATED = [Backend.PALLAS_TPU_INTERPRET, Backend.PALLAS_GPU_INTERPRET]
+if missing_jax(interpreted=True) is None:
+    SIMULATED.append(Backend.MOSAIC_GPU_INTERPRET)
 CASES = [
     (backend, point)
     for backend, share in SHARES.items()
-    if backend in {*BACKENDS, Backend.PALLAS_TPU_INTERPRET, Backend.PALLAS_GPU_INTERPRET}
+    if backend in {*BACKENDS, *SIMULATED}
     for point in share
 ]
 
@@ -80,6 +93,7 @@ CASES = [
         (Backend.XLA, POINTS, 3),
         (Backend.PALLAS_TPU_INTERPRET, TPU_POINTS, 2),
         (Backend.PALLAS_GPU_INTERPRET, POINTS, 2),
+        (Backend.MOSAIC_GPU_INTERPRET, MOSAIC_POINTS, 2),
     ],
 )
 def test_values_of_different_axes_meet(backend: Backend, possible: list[Point], num_axes: int):
