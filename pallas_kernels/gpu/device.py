@@ -38,6 +38,12 @@ def target_capability() -> str | None:
     return capability or CAPABILITIES.get(target_chip() or "")
 
 
+def target_processors() -> int | None:
+    """How many multiprocessors it has, where that is known."""
+    device = _target()  # which says so as either of the two
+    return getattr(device, "num_cores", None) or getattr(device, "core_count", None)
+
+
 def _target() -> Any:
     """The mesh's device, which need not be there, or else the first there is."""
     return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]

@@ -23,18 +23,6 @@ SWIZZLED = (
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # of a vector with an element for each row of a matrix
 # Rows are reduced within a warp, which needs no memory.
 COMPILER_PARAMS = plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0)
-PROCESSORS = 132  # of an H100 or H200 in the SXM form
-SIMULATED_PROCESSORS = 3
-
-
-def num_processors(*, interpret: bool) -> int:
-    """Of the GPU that is compiled for, there or not; a guess where there is none."""
-    if interpret:
-        return SIMULATED_PROCESSORS
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None and device.num_cores:
-        return device.num_cores
-    return getattr(jax.devices()[0], "core_count", None) or PROCESSORS
 
 
 def simulator(interpret: bool) -> Any:

@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.gpu.common import LOG2_E
+from pallas_kernels.gpu.device import target_processors
 from pallas_kernels.gpu.mosaic.common import (
     COMPILER_PARAMS,
     SWIZZLED,
@@ -25,7 +26,6 @@ from pallas_kernels.gpu.mosaic.common import (
     copy_tile,
     full_rows,
     named,
-    num_processors,
     piece_rows,
     pieces_of,
     plgpu,
@@ -42,6 +42,8 @@ from pallas_kernels.layout import MASKED
 
 TILE_BYTES = 32 << 10  # of keys and values
 SIDES = 2  # the queries of a split, and of the next one
+PROCESSORS = 132  # of an H100 or H200 in the SXM form
+SIMULATED_PROGRAMS = 3
 COMPUTE, LOAD = range(2)  # the warpgroups
 COMPUTE_REGISTERS, LOAD_REGISTERS = 232, 40
 
@@ -126,7 +128,7 @@ def paged_decode(
             jax.ShapeDtypeStruct((B, K, num_splits, G, H), jnp.float32),
             jax.ShapeDtypeStruct((B, K, num_splits, 2, WARPGROUP_ROWS), jnp.float32),
         ),
-        grid=(config.num_programs or num_processors(interpret=interpret),),
+        grid=(config.num_programs or _num_programs(interpret),),
         grid_names=("program",),
         num_threads=2,
         thread_name="warpgroup",
@@ -155,6 +157,10 @@ def paged_decode(
         dtype=q.dtype,
         interpret=interpret,
     )
+
+
+def _num_programs(interpret: bool) -> int:
+    return SIMULATED_PROGRAMS if interpret else target_processors() or PROCESSORS
 
 
 def _paged_decode_kernel(
