@@ -23,7 +23,7 @@ help:
 	@echo "make test-parity   against Transformers, in an environment of its own"
 	@echo "make test-kernels  the long matrix of kernel tests"
 	@echo "make gpu-check     checks and measures everything that needs an NVIDIA GPU, on a machine with one"
-	@echo "make gpu-aot       lets the tests compile for GPUs, without one (130 MB)"
+	@echo "make gpu-aot       lets the tests compile for GPUs, without one (180 MB)"
 	@echo "make lint          ruff, pyright, import-linter"
 
 demo: $(VENV)/installed
@@ -46,10 +46,11 @@ gpu-check: JAX_PLATFORMS = cuda,cpu
 gpu-check:
 	PYTHONPATH=.:models:$(PYTHONPATH) $(PYTHON) -m benchmarks.gpu_check $(ARGS)
 
-# The plugin's version must be that of jax, which no extra can say.
+# The plugins' version must be that of jax, which no extra can say. XLA also wants the assembler.
 gpu-aot: $(DEV_VENV)/installed
+	version=$$($(DEV_VENV)/bin/python -c 'import jax; print(jax.__version__)'); \
 	$(DEV_VENV)/bin/python -m pip install --quiet --no-deps \
-		"jax-cuda13-pjrt==$$($(DEV_VENV)/bin/python -c 'import jax; print(jax.__version__)')"
+		"jax-cuda13-pjrt==$$version" "jax-cuda13-plugin==$$version" "nvidia-cuda-nvcc==13.0.*"
 
 lint: $(DEV_VENV)/installed
 	@echo "== ruff, pyright, import-linter"

@@ -46,7 +46,8 @@ def compile_apart(
     headline = f"{target} did not compile for {chip}"
     if run.reason:
         raise NotCompiledError(f"{headline}: {run.reason}:\n{run.stderr[-4000:]}", run.reason)
-    return {**json.loads(run.stdout.splitlines()[-1]), "log": run.stderr}
+    *printed, fields = run.stdout.splitlines()  # Mosaic prints where others log
+    return {**json.loads(fields), "log": "\n".join([run.stderr, *printed])}
 
 
 def compile_each_apart(

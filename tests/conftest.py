@@ -6,6 +6,9 @@ import pathlib
 from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before anything imports jax
+# Threads of XLA: simulated warpgroups wait in some while others compute in the rest. On a machine
+# of two there would be no rest, and they would wait for ever.
+os.environ.setdefault("NPROC", "8")
 
 import hypothesis
 import jax

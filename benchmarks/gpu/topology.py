@@ -29,6 +29,7 @@ from benchmarks.aot import (
 )
 from benchmarks.gpu.assembled import Compiled, read_compiled
 from benchmarks.gpu.chips import GPUS, Gpu
+from pallas_kernels.gpu.mosaic.limits import missing_jax
 
 PLUGINS = ("jax-cuda13-pjrt", "jax-cuda12-pjrt")
 # Where a kernel starts, is dumped; the text of all passes over it would take most of the time.
@@ -38,6 +39,7 @@ ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "JAX_ENABLE_COMPILATION_CACHE": "false",  # what comes from there has no log
     "LLVM_DISABLE_SYMBOLIZATION": "1",  # of an error: it takes minutes
+    "MOSAIC_GPU_DUMP_PTXAS": "1",  # Mosaic's kernels do not pass through XLA's log
     "PYTHONWARNINGS": "ignore::DeprecationWarning",
     "TF_CPP_MIN_LOG_LEVEL": "0",
     "TF_CPP_VMODULE": "subprocess_compilation=3",  # the assembler's name and figures
@@ -53,6 +55,16 @@ def missing_cuda() -> str | None:
     if len(set(versions.values())) > 1:
         return f"versions differ: {versions} (make gpu-aot)"
     return None if _has_assembler() else "there is no ptxas: install the CUDA toolkit"
+
+
+def missing_mosaic() -> str | None:
+    """Why no Mosaic kernel can be compiled here, or None."""
+    if reason := missing_jax(interpreted=False) or missing_cuda():
+        return reason
+    plugins = [_version(name.replace("pjrt", "plugin")) for name in PLUGINS]
+    if _version("jax") in plugins:
+        return None
+    return f"the plugin of jax {_version('jax')} is not installed (make gpu-aot)"
 
 
 def compile_for_gpu(

@@ -5,6 +5,7 @@ Every slot that no query sees is NaN, and the tables name no block behind a cont
 
 import dataclasses
 import functools
+import importlib
 import sys
 from typing import Any
 
@@ -178,7 +179,7 @@ def test_prefill_of_ragged_rows():
     ("heads", "block_size", "cut"),
     [
         ((7, 1, 64), 32, {"context_tokens": 128}),
-        pytest.param((3, 1, 128), 128, {"num_stages": 1}, marks=pytest.mark.kernels),
+        pytest.param((3, 1, 128), 128, {"num_stages": 3}, marks=pytest.mark.kernels),
         pytest.param((16, 1, 128), 8, {}, marks=pytest.mark.kernels),
     ],
     ids=str,
@@ -247,3 +248,26 @@ def test_pools_that_the_kernels_do_not_take_are_refused(change: dict[str, Any], 
     check_pool(**fitting)
     with pytest.raises(ValueError, match=message):
         check_pool(**fitting | change)
+
+
+@simulated
+@pytest.mark.parametrize(
+    ("module", "name", "change", "message"),
+    [
+        ("decode", "MosaicDecodeConfig", {"tile_tokens": 32}, "multiple of 64, got 32"),
+        ("decode", "MosaicDecodeConfig", {"split_tokens": 96}, "tile_tokens=64, got 96"),
+        ("decode", "MosaicDecodeConfig", {"num_stages": 0}, "at least 1, got 0 and None"),
+        ("decode", "MosaicDecodeConfig", {"num_programs": 0}, "at least 1, got 4 and 0"),
+        ("prefill", "MosaicPrefillConfig", {"context_tokens": 96}, "multiple of 64, got 96"),
+        ("prefill", "MosaicPrefillConfig", {"num_stages": 1}, "at least 2, got 1"),
+    ],
+    ids=str,
+)
+def test_a_cut_that_cannot_be_is_refused(
+    module: str, name: str, change: dict[str, int], message: str
+):
+    config_class = getattr(importlib.import_module(f"pallas_kernels.gpu.mosaic.{module}"), name)
+    fields = {"tile_tokens": 64} if module == "decode" else {"context_tokens": 64, "num_stages": 2}
+    config_class(**fields)
+    with pytest.raises(ValueError, match=message):
+        config_class(**fields | change)

@@ -16,6 +16,7 @@ plgpu: Any = mosaic_gpu  # whose types change from one JAX to the next
 
 WARPGROUP_ROWS = 64  # of a warpgroup's matrix instruction
 SWIZZLE_LANES = 64  # of 16 bits
+PIECES_AT_ONCE = 4
 SWIZZLED = (
     plgpu.TilingTransform((SWIZZLE_ROWS, SWIZZLE_LANES)),
     plgpu.SwizzleTransform(128),
@@ -35,40 +36,43 @@ def pieces_of(tile_tokens: int, block_size: int) -> int:
     return max(1, tile_tokens // block_size)
 
 
-def piece_rows(
-    tables_ref: Any,
+def load_tile(
+    pool_ref: Any,  # [P * K * S, W]
+    tables_ref: Any,  # i32[B, M]
+    tile_ref: Any,  # [tile_tokens, W], in shared memory
+    *,
     row: Int32[Array, ""],
     head: Int32[Array, ""],
     tile: Int32[Array, ""],
     last_block: Int32[Array, ""],
-    *,
-    tile_tokens: int,
     block_size: int,
     num_kv_heads: int,
-) -> list[Int32[Array, ""]]:
-    """Where each piece of a tile begins in the pool of `[P * K * S, W]`.
+    wait_for_room: Callable[[], None],
+    full: Any,
+) -> None:
+    """Starts the copies of a tile, each of which arrives at the barrier `full`.
 
-    Behind a context's last block it is that block again: the table may hold anything there.
+    Ids are read before there is room, a few at a time for registers' sake. Behind a context's last
+    block it is that block again: the table may hold anything there.
     """
-    rows = []
-    for piece in range(pieces_of(tile_tokens, block_size)):
-        position = tile * tile_tokens + piece * block_size
+    C = tile_ref.shape[0]
+    size, count = min(C, block_size), pieces_of(C, block_size)
+
+    def first_row(piece: int) -> Int32[Array, ""]:
+        position = tile * C + piece * size
         column = jnp.minimum(jax.lax.div(position, jnp.int32(block_size)), last_block)
         first = (tables_ref[row, column] * num_kv_heads + head) * block_size
-        if block_size > tile_tokens:
-            inside = jax.lax.rem(tile, jnp.int32(block_size // tile_tokens))
-            first += inside * tile_tokens
-        rows.append(first)
-    return rows
+        inside = jax.lax.rem(tile, jnp.int32(block_size // size)) if block_size > C else 0
+        return first + inside * size
 
-
-def copy_tile(pool_ref: Any, rows: list[Int32[Array, ""]], tile_ref: Any, full: Any) -> None:
-    """Starts the copies of a tile's pieces; each arrives at the barrier `full`."""
-    size = tile_ref.shape[0] // len(rows)
-    for piece, first in enumerate(rows):
-        plgpu.copy_gmem_to_smem(
-            pool_ref.at[pl.ds(first, size)], tile_ref.at[pl.ds(piece * size, size)], full
-        )
+    for begin in range(0, count, PIECES_AT_ONCE):
+        pieces = range(begin, min(begin + PIECES_AT_ONCE, count))
+        rows = [first_row(piece) for piece in pieces]
+        if begin == 0:
+            wait_for_room()
+        for piece, first in zip(pieces, rows, strict=True):
+            piece_ref = tile_ref.at[pl.ds(piece * size, size)]
+            plgpu.copy_gmem_to_smem(pool_ref.at[pl.ds(first, size)], piece_ref, full)
 
 
 def clear_unseen(values_ref: Any, start: Int32[Array, ""], end: Int32[Array, ""]) -> None:

@@ -23,10 +23,9 @@ from pallas_kernels.gpu.mosaic.common import (
     by_rows,
     clear_unseen,
     column_iota,
-    copy_tile,
     full_rows,
+    load_tile,
     named,
-    piece_rows,
     pieces_of,
     plgpu,
     product,
@@ -45,7 +44,7 @@ SIDES = 2  # the queries of a split, and of the next one
 PROCESSORS = 132  # of an H100 or H200 in the SXM form
 SIMULATED_PROGRAMS = 3
 COMPUTE, LOAD = range(2)  # the warpgroups
-COMPUTE_REGISTERS, LOAD_REGISTERS = 232, 40
+COMPUTE_REGISTERS, LOAD_REGISTERS = 232, 72
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -231,27 +230,28 @@ def _paged_decode_kernel(
             q_rows = q_smem.at[side, pl.ds(0, q_ref.shape[2])]  # the others' results are not used
             plgpu.copy_gmem_to_smem(q_ref.at[row, head], q_rows, q_full.at[side])
 
-            def load_tile(tile, step):
+            def load_one(tile, step):
                 slot = jax.lax.rem(step, jnp.int32(stages))
-                rows = piece_rows(
+
+                def wait_for_room():
+                    pl.when(step >= stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
+
+                load_tile(
+                    pool_ref,
                     tables_ref,
-                    row,
-                    head,
-                    tile,
-                    last_block,
-                    tile_tokens=C,
+                    kv_smem.at[slot],
+                    row=row,
+                    head=head,
+                    tile=tile,
+                    last_block=last_block,
                     block_size=block_size,
                     num_kv_heads=num_kv_heads,
+                    wait_for_room=wait_for_room,
+                    full=full.at[slot],
                 )
-
-                @pl.when(step >= stages)
-                def wait_for_room():
-                    plgpu.barrier_wait(empty.at[slot])
-
-                copy_tile(pool_ref, rows, kv_smem.at[slot], full.at[slot])
                 return step + 1
 
-            return walk_tiles(start, end, load_tile, step)
+            return walk_tiles(start, end, load_one, step)
 
         walk(load_item)
 

@@ -27,10 +27,9 @@ from pallas_kernels.gpu.mosaic.common import (
     by_rows,
     clear_unseen,
     column_iota,
-    copy_tile,
     full_rows,
+    load_tile,
     named,
-    piece_rows,
     pieces_of,
     plgpu,
     product,
@@ -54,20 +53,23 @@ class MosaicPrefillConfig:
     A token's bits follow `context_tokens`.
     """
 
-    context_tokens: int = 128
+    context_tokens: int
     num_stages: int
 
     def __post_init__(self) -> None:
         tokens = self.context_tokens
         if tokens < WARPGROUP_ROWS or tokens % WARPGROUP_ROWS:
             raise ValueError(f"context_tokens must be a multiple of {WARPGROUP_ROWS}, got {tokens}")
-        if self.num_stages < 1:
-            raise ValueError(f"num_stages must be at least 1, got {self.num_stages}")
+        if self.num_stages < 2:  # the next tile is waited for before this one's place is free
+            raise ValueError(f"num_stages must be at least 2, got {self.num_stages}")
 
 
-def prefill_config(head_size: int) -> MosaicPrefillConfig:
-    """A sound cut for a head size, of 16 bits."""
-    return MosaicPrefillConfig(num_stages=STAGE_BYTES // (128 * 4 * head_size))
+def prefill_config(head_size: int, window: int | None) -> MosaicPrefillConfig:
+    """A sound cut for a head size, of 16 bits, and a window, which takes registers."""
+    context = 64 if head_size > 64 and window is not None else 128
+    return MosaicPrefillConfig(
+        context_tokens=context, num_stages=STAGE_BYTES // (context * 4 * head_size)
+    )
 
 
 def paged_prefill(
@@ -93,7 +95,7 @@ def paged_prefill(
     T, N, H = q.shape
     P, K, S, W = pool.shape
     G = N // K
-    config = config or prefill_config(H)
+    config = config or prefill_config(H, window)
     tokens = WARPGROUP_ROWS // G  # of a warpgroup
     tiles = list_tiles(batch, num_tokens=T, query_tokens=COMPUTE_WARPGROUPS * tokens)
     more = []
@@ -184,25 +186,26 @@ def _paged_prefill_kernel(
         plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
 
         @pl.loop(start, end)
-        def load_tile(tile):
+        def load_one(tile):
             step = tile - start
             slot = jax.lax.rem(step, jnp.int32(stages))
-            rows = piece_rows(
+
+            def wait_for_room():
+                pl.when(step >= stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
+
+            load_tile(
+                pool_ref,
                 tables_ref,
-                row,
-                head,
-                tile,
-                last // block_size,
-                tile_tokens=C,
+                kv_smem.at[slot],
+                row=row,
+                head=head,
+                tile=tile,
+                last_block=last // block_size,
                 block_size=block_size,
                 num_kv_heads=K,
+                wait_for_room=wait_for_room,
+                full=full.at[slot],
             )
-
-            @pl.when(step >= stages)
-            def wait_for_room():
-                plgpu.barrier_wait(empty.at[slot])
-
-            copy_tile(pool_ref, rows, kv_smem.at[slot], full.at[slot])
 
     @pl.when((count > 0) & (warpgroup != LOAD))
     def compute():
@@ -218,9 +221,6 @@ def _paged_prefill_kernel(
             plgpu.copy_gmem_to_smem(answers_ref.at[token, head], rows_ref, q_full.at[warpgroup])
 
         my_copies(load_queries)
-        if sinks_refs:
-            my_sinks = sinks_smem.at[warpgroup]
-            plgpu.copy_gmem_to_smem(sinks_refs[0].at[head], my_sinks, sinks_full.at[warpgroup])
         plgpu.barrier_wait(q_full.at[warpgroup])
         queries_XH = plgpu.load(plain_smem.at[warpgroup], layout=plgpu.Layout.WGMMA)
         q_smem[warpgroup] = queries_XH
@@ -295,9 +295,11 @@ def _paged_prefill_kernel(
         state = walk(inner, outer, state, is_edge=False)
         high_X, total_X, values_XH = walk(outer, end, state, is_edge=True)
         pl.when(warpgroup == 0)(pass_turn)
-        if sinks_refs:
+        if sinks_refs:  # not earlier: every register is taken
+            my_sinks = sinks_smem.at[warpgroup]
+            plgpu.copy_gmem_to_smem(sinks_refs[0].at[head], my_sinks, sinks_full.at[warpgroup])
             plgpu.barrier_wait(sinks_full.at[warpgroup])
-            sinks_X = plgpu.load(sinks_smem.at[warpgroup], layout=ROWS)
+            sinks_X = plgpu.load(my_sinks, layout=ROWS)
             total_X, shrink_X = absorb_sinks(sinks_X, high_X, total_X)
             values_XH *= by_rows(shrink_X, H)
         plain_smem[warpgroup] = (values_XH / by_rows(total_X, H)).astype(q_smem.dtype)
