@@ -55,8 +55,9 @@ class LLM:
             QueueFullError refuses what is more.
         seed: of the seeds drawn for requests that bring none.
         enable_prefix_caching: keep finished blocks, and share those whose prefix comes again.
-        attention_backend: "auto", "cpu", "xla", "pallas-tpu", "pallas-gpu" and, for tests,
-            "reference", "pallas-tpu-interpret" and "pallas-gpu-interpret".
+        attention_backend: "auto", "cpu", "xla", "pallas-tpu", "pallas-gpu", "mosaic-gpu" and, for
+            tests, "reference", "pallas-tpu-interpret", "pallas-gpu-interpret" and
+            "mosaic-gpu-interpret".
         warm_up: compile every common program now; otherwise each when it is first needed.
         use_tqdm: whether loading and warm-up show their progress.
 
