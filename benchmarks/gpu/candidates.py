@@ -1,7 +1,9 @@
 """Other configurations of the kernels, timed at the shapes of the parts decode and prefill.
 
 A file is JSON: `{"32/8/128": [{...}, ...], ...}`, the fields of configurations by the heads they
-are for, or a list of them, for all heads or for those in a field `heads`. The default comes first.
+are for, or a list of them, for all heads or for those in a field `heads`. What is for a kernel of
+`mosaic-gpu` says so: `"kernel": "mosaic decode"` or `"mosaic prefill"`; `mosaic_candidates.json`
+beside this file has some. The default comes first.
 What `benchmarks.tune_gpu` has written is read as well: of it, what is for this GPU and these parts.
 """
 
@@ -10,7 +12,7 @@ import functools
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +21,29 @@ from benchmarks.gpu import decode, prefill
 from benchmarks.gpu.chips import GPUS
 from benchmarks.gpu.settings import Record, Settings
 from pallas_kernels.gpu.decode import paged_decode
+from pallas_kernels.gpu.mosaic.limits import missing_jax
 from pallas_kernels.gpu.ragged import RaggedConfig, paged_prefill
 from pallas_kernels.gpu.tiles import DecodeConfig
 
+MOSAIC = "mosaic"  # how the names of the kernels of `mosaic-gpu` begin
 SHOWN = 3  # of the best configurations of a shape
 BLOCK_SIZE = 16  # of the shapes of both parts
 SURVIVORS, COMPILED = "survivors", "compiled"  # in the tuner's files: cuts, and a cut's figures
+
+
+class Kernel(NamedTuple):
+    """A kernel, its configurations, and where and how they are timed."""
+
+    name: str
+    config_class: type
+    shapes: Sequence[Any]
+    time_all: Callable[..., dict[str, dict]]
+
+    def takes(self, candidate: Mapping[str, Any]) -> bool:
+        """Whether the candidate is for this kernel: by name, or by its fields where it has none."""
+        fields = {field.name for field in dataclasses.fields(self.config_class)}
+        by_fields = set(candidate) - {"heads"} <= fields and not self.name.startswith(MOSAIC)
+        return candidate.get("kernel") == self.name or by_fields
 
 
 def run(settings: Settings, record: Record) -> None:
@@ -33,19 +52,35 @@ def run(settings: Settings, record: Record) -> None:
         raise ValueError("the part candidates needs a file: --candidates FILE")
     contents = [json.loads(pathlib.Path(path).read_text()) for path in settings.candidates]
     found = [candidate for content in contents for candidate in read(content, chip=chip_here())]
-    kernels: list[tuple[str, Any, Sequence[Any], Callable[..., dict[str, dict]]]] = [
-        ("decode", DecodeConfig, decode.shapes_for(settings), time_decode),
-        ("prefill", RaggedConfig, _prefill_shapes(settings), time_prefill),
-    ]
-    for kernel, config_class, shapes, time_all in kernels:
-        fields = {field.name for field in dataclasses.fields(config_class)}
-        mine = [one for one in found if set(one) - {"heads"} <= fields]
+    for kernel in _kernels(settings):
+        mine = [one for one in found if kernel.takes(one)]
         found = [one for one in found if one not in mine]
-        for shape in shapes if mine else []:
-            configs = _configs(config_class, mine, shape.heads)
-            _record_best(f"{kernel} {shape.name}", time_all(shape, configs, settings), record)
+        for shape in kernel.shapes if mine else []:
+            configs = _configs(kernel.config_class, mine, shape.heads)
+            results = kernel.time_all(shape, configs, settings)
+            _record_best(f"{kernel.name} {shape.name}", results, record)
     if found:
-        raise ValueError(f"candidates whose fields no kernel has: {found[:3]}")
+        raise ValueError(f"candidates that are for no kernel here: {found[:3]}")
+
+
+def _kernels(settings: Settings) -> list[Kernel]:
+    """All that this JAX has."""
+    decodes, prefills = decode.shapes_for(settings), _prefill_shapes(settings)
+    kernels = [
+        Kernel("decode", DecodeConfig, decodes, time_decode),
+        Kernel("prefill", RaggedConfig, prefills, time_prefill),
+    ]
+    if missing_jax(interpreted=_is_interpreted(settings)) is None:
+        from pallas_kernels.gpu.mosaic import decode as on_hopper
+        from pallas_kernels.gpu.mosaic import prefill as prompts_on_hopper
+
+        timed = functools.partial(time_decode, kernel=on_hopper.paged_decode)
+        kernels.append(Kernel(f"{MOSAIC} decode", on_hopper.MosaicDecodeConfig, decodes, timed))
+        timed = functools.partial(time_prefill, kernel=prompts_on_hopper.paged_prefill)
+        kernels.append(
+            Kernel(f"{MOSAIC} prefill", prompts_on_hopper.MosaicPrefillConfig, prefills, timed)
+        )
+    return kernels
 
 
 def read(
@@ -78,7 +113,7 @@ def _configs(config_class: Any, found: list[dict], heads: tuple[int, ...]) -> di
     configs: dict[str, Any] = {"default": None}
     for one in found:
         if one.get("heads", heads) == heads:
-            fields = {key: value for key, value in one.items() if key != "heads"}
+            fields = {key: value for key, value in one.items() if key not in ("heads", "kernel")}
             configs[cut_name(fields)] = config_class(**fields)
     return configs
 
@@ -89,10 +124,14 @@ def cut_name(fields: Mapping[str, int]) -> str:
 
 
 def time_decode(
-    shape: decode.DecodeShape, configs: Mapping[str, Any], settings: Settings
+    shape: decode.DecodeShape,
+    configs: Mapping[str, Any],
+    settings: Settings,
+    *,
+    kernel: Callable[..., Any] = paged_decode,
 ) -> dict[str, dict]:
     """What each configuration takes; the default where it is None."""
-    kernel = functools.partial(paged_decode, interpret=_is_interpreted(settings))
+    kernel = functools.partial(kernel, interpret=_is_interpreted(settings))
 
     def attend(q: Any, pool: Any, tables: Any, lens: Any, *, config: Any) -> Any:
         return kernel(q, pool, tables, lens, scale=shape.scale, config=config)
@@ -107,10 +146,14 @@ def time_decode(
 
 
 def time_prefill(
-    shape: prefill.PrefillShape, configs: Mapping[str, Any], settings: Settings
+    shape: prefill.PrefillShape,
+    configs: Mapping[str, Any],
+    settings: Settings,
+    *,
+    kernel: Callable[..., Any] = paged_prefill,
 ) -> dict[str, dict]:
     """The same for a prompt."""
-    kernel = functools.partial(paged_prefill, interpret=_is_interpreted(settings))
+    kernel = functools.partial(kernel, interpret=_is_interpreted(settings))
 
     def attend(q: Any, pool: Any, batch: Any, *, config: Any) -> jax.Array:
         decoded = jnp.zeros((batch.seq_lens.shape[0], *q.shape[1:]), q.dtype)

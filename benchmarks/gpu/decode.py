@@ -1,7 +1,8 @@
 """Decode attention of one layer: microseconds, live KV a second, beside what reads it otherwise.
 
 Contexts are full, tables are random, pools take turns. `xla` is the same walk in plain jax.numpy;
-`contiguous` is plain jax.numpy over keys and values that lie in order, with no table at all.
+`contiguous` is plain jax.numpy over keys and values that lie in order, with no table at all. What
+is tested besides (`beside.py`) is one side more.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
+from benchmarks.gpu.beside import second_backend
 from benchmarks.gpu.inputs import (
     attention_of_row,
     paged_shape,
@@ -94,7 +96,11 @@ class Side:
 
 def run(settings: Settings, record: Record) -> None:
     """Records each side of each shape; everything is compiled before anything is timed."""
-    measure({shape: _sides(shape, settings) for shape in shapes_for(settings)}, settings, record)
+    shapes = shapes_for(settings)
+    measure({shape: _sides(shape, settings) for shape in shapes}, settings, record)
+    if (second := second_backend(settings, record)) is not None:
+        name = second.value
+        measure({shape: {name: Side(paged(shape, name))} for shape in shapes}, settings, record)
 
 
 def shapes_for(settings: Settings) -> list[DecodeShape]:

@@ -2,24 +2,30 @@
 
 The requests share a prefix and do not all fit the pool, so that a sequence is preempted and a
 prefix is found again. In float32, with exact products, tokens must be equal but for near ties; in
-bfloat16 both sides round on their own, and the agreement is reported.
+bfloat16 both sides round on their own, and the agreement is reported. A dtype whose pool the
+kernels do not take is named with the reason.
 """
 
 import dataclasses
 import pathlib
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
 
+from benchmarks.gpu.beside import refusal
 from benchmarks.gpu.settings import Record, Settings
 from benchmarks.random_checkpoint import SMOLLM2, TINY, write_checkpoint
 from jpaged import LLM, SamplingParams
+from jpaged_models import config_from_hf
+from pallas_kernels import Backend, choose_backend
 
 NEAR_TIE = 1e-3  # greedy tokens may differ where the two likeliest lie closer
 BASE = "xla"
+DTYPES = (("float32", "highest"), ("bfloat16", None))  # and the precision of products
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,9 +73,10 @@ def run(settings: Settings, record: Record) -> None:
     """Records the agreement in either dtype."""
     workload = WORKLOADS[settings.scale]
     backends = (BASE, settings.backend)
+    tested = choose_backend(settings.backend, jax.devices()[0].platform)
     with tempfile.TemporaryDirectory() as folder:
         model = write_checkpoint(pathlib.Path(folder), workload.config, seed=settings.seed)
-        for dtype, precision in (("float32", "highest"), ("bfloat16", None)):
+        for dtype, precision in _dtypes(workload, tested, record):
             # For the whole process: the engine compiles on threads of its own.
             jax.config.update("jax_default_matmul_precision", precision)
             sides = [_engine(model, workload, dtype, backend) for backend in backends]
@@ -81,6 +88,20 @@ def run(settings: Settings, record: Record) -> None:
             record(f"{dtype} events", _events(sides))
             for llm in sides:
                 llm.close()
+
+
+def _dtypes(
+    workload: Workload, backend: Backend, record: Record
+) -> Iterator[tuple[str, str | None]]:
+    """Those that the backend takes, with their precision; of others it records why not."""
+    head_size = config_from_hf(workload.config).head_size
+    block_size = workload.limits["block_size"]
+    for dtype, precision in DTYPES:
+        reason = refusal(backend, block_size=block_size, dtype=dtype, head_size=head_size)
+        if reason is None:
+            yield dtype, precision
+        else:
+            record(f"{dtype} tokens", {"ok": True, "error": reason})
 
 
 def _engine(model: pathlib.Path, workload: Workload, dtype: str, backend: str) -> LLM:

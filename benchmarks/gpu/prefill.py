@@ -2,6 +2,7 @@
 
 Only products that the causal mask leaves are counted. cuDNN as JAX calls it cannot align the mask
 of a chunk with the end of its context, so it runs without a mask and its own products are counted.
+What is tested besides (`beside.py`) is one side more.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.gpu.beside import second_backend
 from benchmarks.gpu.inputs import (
     attention_of_row,
     paged_shape,
@@ -93,6 +95,9 @@ def run(settings: Settings, record: Record) -> None:
         if settings.wants(shape.name)
     }
     measure(shapes, settings, record)
+    if (second := second_backend(settings, record)) is not None:
+        name = second.value
+        measure({shape: {name: paged(shape, name)} for shape in shapes}, settings, record)
 
 
 def measure(

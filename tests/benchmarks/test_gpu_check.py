@@ -5,19 +5,57 @@ import json
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
-from benchmarks.gpu import correctness, decode, prefill, writes
+from benchmarks.gpu import (
+    candidates,
+    correctness,
+    decode,
+    parity,
+    prefill,
+    step,
+    throughput,
+    writes,
+)
+from benchmarks.gpu.beside import refusal, second_backend
 from benchmarks.gpu.candidates import read
+from benchmarks.gpu.chips import GPUS
 from benchmarks.gpu.oracle import SCALE, dense, make_ragged
 from benchmarks.gpu.settings import Settings
 from benchmarks.gpu.table import part_lines
+from pallas_kernels import Backend
+from pallas_kernels.gpu.mosaic.limits import MIN_JAX, missing_jax
 from tests.helpers import assert_close
 from tests.kernels import cases
+from tests.kernels.test_backends import Gpu, use
 
 SETTINGS = Settings(backend="xla", scale="toy", seed=3, candidates=[], read_gbps=10.0)
+ON_A_GPU = dataclasses.replace(SETTINGS, backend="pallas-gpu", scale="full")
+CUTS = pathlib.Path(candidates.__file__).with_name("mosaic_candidates.json")
+SWIZZLED = correctness.Spec(job="decode", heads=(4, 2, 64), options={"window": 20})
+
+
+@pytest.fixture
+def both(monkeypatch: pytest.MonkeyPatch) -> list[Backend]:
+    """As on Hopper, but for the kernels, which are `xla`'s: which were asked for, in order."""
+    asked: list[Backend] = []
+
+    def by_xla(attend: Any) -> Any:
+        def call(*arrays: Any, backend: Backend, **options: Any) -> jax.Array:
+            asked.append(backend)
+            return attend(*arrays, backend=Backend.XLA, **options)
+
+        return call
+
+    for module in (correctness, decode, prefill):
+        monkeypatch.setattr(module, "second_backend", lambda *_: Backend.MOSAIC_GPU)
+        for name in {"paged_decode", "paged_attention"} & set(vars(module)):
+            monkeypatch.setattr(module, name, by_xla(getattr(module, name)))
+    return asked
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 9}, {"window": 21, "soft_cap": 2.0}], ids=str)
@@ -83,6 +121,147 @@ def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch):
     assert wrong == [name for name in found if name.startswith("decode")]
 
 
+def test_hopper_brings_a_second_backend_and_other_gpus_say_why_not(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(jax, "__version_info__", MIN_JAX)
+    found: dict[str, dict] = {}
+    use(monkeypatch, Gpu("9.0"))
+    assert second_backend(ON_A_GPU, found.__setitem__) is Backend.MOSAIC_GPU
+    for name in ("xla", "mosaic-gpu"):
+        other = dataclasses.replace(ON_A_GPU, backend=name)
+        assert second_backend(other, found.__setitem__) is None
+    assert not found, "nothing is said where nothing is missing"
+    use(monkeypatch, Gpu("10.0"))
+    assert second_backend(ON_A_GPU, found.__setitem__) is None
+    assert found["mosaic-gpu"]["ok"]
+    assert "9.0 (Hopper), Tesla T4 has 10.0" in found["mosaic-gpu"]["error"]
+
+
+def test_a_jax_without_the_second_backend_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(jax, "__version_info__", (0, 10, 9))
+    use(monkeypatch, Gpu("9.0"))
+    found: dict[str, dict] = {}
+    assert second_backend(ON_A_GPU, found.__setitem__) is None
+    assert found["mosaic-gpu"]["ok"]
+    assert "they need JAX 0.11" in found["mosaic-gpu"]["error"]
+
+
+def test_cases_that_the_second_backend_takes_are_run_by_both(
+    monkeypatch: pytest.MonkeyPatch, both: list[Backend]
+):
+    ragged = dataclasses.replace(SWIZZLED, job="ragged")
+    exact = dataclasses.replace(SWIZZLED, dtype="float32")
+    wide = dataclasses.replace(SWIZZLED, heads=(4, 2, 96))
+    specs = [SWIZZLED, ragged, exact, wide]
+    monkeypatch.setattr(correctness, "_specs", lambda scale: specs)
+    found: dict[str, dict] = {}
+    correctness.run(SETTINGS, found.__setitem__)
+    first, second = [spec.name for spec in specs], [SWIZZLED.name, ragged.name]
+    names = [name for name in found if name.startswith(("decode", "ragged"))]
+    assert names == [*first, *(f"{name} mosaic-gpu" for name in second)]
+    assert sum("write_kv" in name or "copy_blocks" in name for name in found) == 4
+    assert all(result["ok"] for result in found.values()), found
+    assert found["cases of mosaic-gpu"]["error"] == "2 of 4 cases are not for it"
+    assert both == [Backend.XLA] * 4 + [Backend.MOSAIC_GPU] * 2
+
+
+def test_every_option_size_and_job_has_a_case_for_the_second_backend():
+    taken = [
+        spec for spec in correctness._specs("full") if correctness._takes(Backend.MOSAIC_GPU, spec)
+    ]
+    for job in ("decode", "ragged"):
+        mine = [spec for spec in taken if spec.job == job]
+        assert {spec.heads for spec in mine} == {(32, 8, 128), (9, 3, 64), (14, 2, 64)}
+        assert {spec.block_size for spec in mine} == {8, 16, 64, 128}
+        assert {spec.dtype for spec in mine} == {"bfloat16", "float16"}
+        assert all(options in [spec.options for spec in mine] for options in correctness.OPTIONS)
+
+
+@pytest.mark.parametrize("how", ["wrong", "raises", "does not compile"])
+def test_a_second_backend_that_fails_leaves_the_first_its_cases(
+    monkeypatch: pytest.MonkeyPatch, both: list[Backend], how: str
+):
+    right, check = correctness.paged_decode, correctness._check
+
+    def attend(*arrays: Any, backend: Backend, **options: Any) -> jax.Array:
+        if backend is Backend.MOSAIC_GPU and how == "does not compile":
+            raise ValueError("planted")
+        factor = 1.05 if backend is Backend.MOSAIC_GPU and how == "wrong" else 1.0
+        return factor * right(*arrays, backend=backend, **options)
+
+    def run_or_raise(*arguments: Any) -> dict:
+        if both[-1] is Backend.MOSAIC_GPU and how == "raises":
+            raise RuntimeError("planted")
+        return check(*arguments)
+
+    monkeypatch.setattr(correctness, "_specs", lambda scale: [SWIZZLED])
+    monkeypatch.setattr(correctness, "paged_decode", attend)
+    monkeypatch.setattr(correctness, "_check", run_or_raise)
+    found: dict[str, dict] = {}
+    correctness.run(SETTINGS, found.__setitem__)
+    wrong = [name for name, result in found.items() if not result["ok"]]
+    assert wrong == [f"{SWIZZLED.name} mosaic-gpu"]
+
+
+@pytest.mark.parametrize("module", [decode, prefill], ids=lambda m: m.__name__)
+def test_the_second_backend_is_a_side_that_comes_last_and_may_not_fail(
+    monkeypatch: pytest.MonkeyPatch, both: list[Backend], module: Any
+):
+    paged, measure = module.paged, module.measure
+    found: dict[str, dict] = {}
+    module.run(SETTINGS, found.__setitem__)
+    (shape,) = module.SHAPES["toy"]
+    mine = f"{shape.name} mosaic-gpu"
+    assert list(found)[-1] == mine
+    assert found[mine]["us"] > 0
+    assert found[mine]["error_norm"] < 1e-2
+    assert Backend.MOSAIC_GPU in both
+
+    def breaks(shape: Any, backend: str) -> Any:
+        attend = paged(shape, backend)
+        return lambda *arrays: 2.0 * attend(*arrays)
+
+    def measure_second(shapes: Any, *rest: Any) -> None:
+        if list(shapes[shape]) == ["mosaic-gpu"]:
+            measure(shapes, *rest)
+
+    monkeypatch.setattr(module, "paged", breaks)
+    monkeypatch.setattr(module, "measure", measure_second)
+    again: dict[str, dict] = {}
+    module.run(SETTINGS, again.__setitem__)
+    assert [(name, result["ok"]) for name, result in again.items()] == [(mine, False)]
+
+
+def test_parity_names_the_dtype_that_the_kernels_do_not_take():
+    workload = parity.WORKLOADS["full"]
+    found: dict[str, dict] = {}
+    taken = parity._dtypes(workload, Backend.MOSAIC_GPU, found.__setitem__)
+    assert list(taken) == [("bfloat16", None)]
+    assert list(found) == ["float32 tokens"]
+    assert found["float32 tokens"]["ok"]
+    assert "got float32" in found["float32 tokens"]["error"]
+    found.clear()
+    taken = parity._dtypes(workload, Backend.XLA, found.__setitem__)
+    assert list(taken) == list(parity.DTYPES)
+    assert not found
+
+
+def test_what_is_timed_in_full_is_for_the_second_backend_too():
+    pools = [
+        (shape.block_size, shape.dtype, shape.heads[2])
+        for shape in [*decode.SHAPES["full"], *prefill.SHAPES["full"]]
+    ]
+    pools += [
+        (step.BLOCK_SIZE, step.DTYPE, shape.config["head_dim"]) for shape in step.SHAPES["full"]
+    ]
+    load = throughput.LOADS["full"]
+    pools.append((throughput.BLOCK_SIZE, throughput.DTYPE, load.config["head_dim"]))
+    for block_size, dtype, head_size in pools:
+        given = {"block_size": block_size, "dtype": dtype, "head_size": head_size}
+        assert refusal(Backend.MOSAIC_GPU, **given) is None, given
+
+
 def test_the_command_resumes_and_fails_where_a_part_does(tmp_path: pathlib.Path):
     path = tmp_path / "found.json"
     command = [sys.executable, "-m", "benchmarks.gpu_check", "--scale", "toy", "--resume"]
@@ -120,6 +299,66 @@ def test_candidates_are_read_in_either_form():
     heads = [one.pop("heads", None) for one in found]
     assert heads == [(6, 3, 16), (9, 3, 64), (6, 3, 16), None]
     assert found[1] == {"tile_tokens": 64, "num_warps": 4}
+
+
+def test_candidates_go_to_the_kernel_they_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+):
+    path = tmp_path / "cuts.json"
+    old = {"tile_tokens": 32, "split_tokens": 256, "num_warps": 4}
+    new = {"tile_tokens": 64, "split_tokens": 256, "num_stages": 3}
+    path.write_text(json.dumps({"6/3/16": [old, {"kernel": "mosaic decode", **new}]}))
+    timed: dict[str, set[str]] = {}
+
+    def time_decode(_: Any, configs: dict[str, Any], *rest: Any, kernel: Any = None) -> Any:
+        assert rest == (settings,)
+        module = "" if kernel is None else kernel.__module__
+        timed[module] = {type(config).__name__ for config in configs.values() if config is not None}
+        return {name: {"ok": True, "us": 1.0} for name in configs}
+
+    monkeypatch.setattr(candidates, "time_decode", time_decode)
+    settings = dataclasses.replace(SETTINGS, candidates=[str(path)])
+    found: dict[str, dict] = {}
+    if missing_jax(interpreted=False) is not None:
+        with pytest.raises(ValueError, match=r"for no kernel here.*mosaic decode"):
+            candidates.run(settings, found.__setitem__)
+        return
+    candidates.run(settings, found.__setitem__)
+    assert timed == {
+        "": {"DecodeConfig"},
+        "pallas_kernels.gpu.mosaic.decode": {"MosaicDecodeConfig"},
+    }
+    assert list(found) == ["decode 6/3/16 3 x 40", "mosaic decode 6/3/16 3 x 40"]
+
+
+def test_the_cuts_for_hopper_fit_its_shared_memory():
+    cuts = list(read(json.loads(CUTS.read_text())))
+    assert {cut["kernel"] for cut in cuts} == {"mosaic decode", "mosaic prefill"}
+    for cut in cuts:
+        H = cut["heads"][2]
+        # 64 queries of 16 bits twice, and results: of float32, or twice of 16 bits.
+        shared_bytes = 2 * 64 * H * 2 + 64 * H * 4 + 1024
+        tokens = cut.get("tile_tokens", cut.get("context_tokens"))
+        shared_bytes += cut["num_stages"] * tokens * 4 * H
+        assert shared_bytes <= GPUS["sm_90a"].most_shared_bytes, cut
+
+
+@pytest.mark.skipif(missing_jax(interpreted=False) is not None, reason="it has no such kernels")
+def test_the_cuts_for_hopper_are_the_kernels_own_and_none_is_the_default():
+    from pallas_kernels.gpu.mosaic.decode import decode_config
+    from pallas_kernels.gpu.mosaic.prefill import prefill_config
+
+    cuts = list(read(json.loads(CUTS.read_text())))
+    for kernel in candidates._kernels(ON_A_GPU):
+        mine = [cut for cut in cuts if kernel.takes(cut)]
+        assert bool(mine) == kernel.name.startswith("mosaic")
+        assert kernel.takes({"num_stages": 3}) != kernel.name.startswith("mosaic"), "no name"
+        for heads in {cut["heads"] for cut in mine}:
+            default = (decode_config if "decode" in kernel.name else prefill_config)(heads[2])
+            configs = candidates._configs(kernel.config_class, mine, heads)
+            assert default not in configs.values()
+            assert len(configs) == 1 + sum(cut["heads"] == heads for cut in mine)
+            assert heads in {shape.heads for shape in kernel.shapes}
 
 
 def test_ragged_rows_own_every_block_once_and_nothing_else_is_finite():
