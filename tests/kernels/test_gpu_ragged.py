@@ -187,7 +187,7 @@ def test_there_are_tiles_enough_for_the_worst_batch_of_a_shape():
     assert tiles[:, 2].sum() == 28
 
 
-list_tiles = jax.jit(ragged._list_tiles, static_argnames=("num_tokens", "query_tokens"))
+list_tiles = jax.jit(ragged.list_tiles, static_argnames=("num_tokens", "query_tokens"))
 
 
 def specs(

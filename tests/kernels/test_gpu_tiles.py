@@ -109,13 +109,13 @@ def test_a_kernel_takes_the_tables_cut_unless_it_is_told_another(monkeypatch: py
 @pytest.mark.usefixtures("table")
 def test_so_does_the_kernel_for_prompts(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tiles, "target_chip", lambda: "H100")
-    query_tokens, list_tiles = [], ragged._list_tiles
+    query_tokens, list_tiles = [], ragged.list_tiles
 
     def listed(*arguments: Any, **sizes: int) -> jax.Array:
         query_tokens.append(sizes["query_tokens"])
         return list_tiles(*arguments, **sizes)
 
-    monkeypatch.setattr(ragged, "_list_tiles", listed)
+    monkeypatch.setattr(ragged, "list_tiles", listed)
     function, arguments = ATTENTION["prefill"].build(heads=(6, 3, 64), block_size=8)
     own = RaggedConfig(query_rows=16)
     jax.eval_shape(lambda *each: function(*each, interpret=True), *arguments)
