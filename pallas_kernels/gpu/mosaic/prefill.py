@@ -64,7 +64,7 @@ class MosaicPrefillConfig:
             raise ValueError(f"num_stages must be at least 2, got {self.num_stages}")
 
 
-def prefill_config(head_size: int, window: int | None) -> MosaicPrefillConfig:
+def prefill_config(head_size: int, window: int | None = None) -> MosaicPrefillConfig:
     """A sound cut for a head size, of 16 bits, and a window, which takes registers."""
     context = 64 if head_size > 64 and window is not None else 128
     return MosaicPrefillConfig(
