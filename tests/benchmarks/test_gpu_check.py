@@ -204,7 +204,11 @@ def test_a_second_backend_that_fails_leaves_the_first_its_cases(
     assert wrong == [f"{SWIZZLED.name} mosaic-gpu"]
 
 
-@pytest.mark.parametrize("module", [decode, prefill], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "module",
+    [pytest.param(decode, marks=pytest.mark.kernels), prefill],
+    ids=lambda module: module.__name__,
+)
 def test_the_second_backend_is_a_side_that_comes_last_and_may_not_fail(
     monkeypatch: pytest.MonkeyPatch, both: list[Backend], module: Any
 ):
