@@ -35,7 +35,7 @@ test: $(DEV_VENV)/installed
 	$(DEV_VENV)/bin/python $(PYTEST) -m "not kernels and not parity"
 
 test-kernels: $(DEV_VENV)/installed
-	$(DEV_VENV)/bin/python $(PYTEST) -m kernels tests/kernels
+	$(DEV_VENV)/bin/python $(PYTEST) -m kernels tests/kernels tests/benchmarks
 
 test-parity: $(PARITY_VENV)/installed
 	@echo "== parity with Transformers"
