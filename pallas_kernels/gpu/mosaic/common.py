@@ -16,7 +16,6 @@ plgpu: Any = mosaic_gpu  # whose types change from one JAX to the next
 
 WARPGROUP_ROWS = 64  # of a warpgroup's matrix instruction
 SWIZZLE_LANES = 64  # of 16 bits
-PIECES_AT_ONCE = 4
 SWIZZLED = (
     plgpu.TilingTransform((SWIZZLE_ROWS, SWIZZLE_LANES)),
     plgpu.SwizzleTransform(128),
@@ -47,12 +46,13 @@ def load_tile(
     last_block: Int32[Array, ""],
     block_size: int,
     num_kv_heads: int,
+    ids_at_once: int,
     wait_for_room: Callable[[], None],
     full: Any,
 ) -> None:
     """Starts the copies of a tile, each of which arrives at the barrier `full`.
 
-    Ids are read before there is room, a few at a time for registers' sake. Behind a context's last
+    Ids are read before there is room, `ids_at_once` for registers' sake. Behind a context's last
     block it is that block again: the table may hold anything there.
     """
     C = tile_ref.shape[0]
@@ -65,8 +65,8 @@ def load_tile(
         inside = jax.lax.rem(tile, jnp.int32(block_size // size)) if block_size > C else 0
         return first + inside * size
 
-    for begin in range(0, count, PIECES_AT_ONCE):
-        pieces = range(begin, min(begin + PIECES_AT_ONCE, count))
+    for begin in range(0, count, ids_at_once):
+        pieces = range(begin, min(begin + ids_at_once, count))
         rows = [first_row(piece) for piece in pieces]
         if begin == 0:
             wait_for_room()

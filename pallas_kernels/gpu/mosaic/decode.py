@@ -44,7 +44,7 @@ SIDES = 2  # the queries of a split, and of the next one
 PROCESSORS = 132  # of an H100 or H200 in the SXM form
 SIMULATED_PROGRAMS = 3
 COMPUTE, LOAD = range(2)  # the warpgroups
-COMPUTE_REGISTERS, LOAD_REGISTERS = 232, 72
+IDS_AT_ONCE = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -216,8 +216,6 @@ def _paged_decode_kernel(
 
     @pl.when(jax.lax.axis_index("warpgroup") == LOAD)
     def load():
-        plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
-
         def load_item(turn, item, step):
             row, _, start, end, head = item
             side = jax.lax.rem(turn, jnp.int32(SIDES))
@@ -246,6 +244,7 @@ def _paged_decode_kernel(
                     last_block=last_block,
                     block_size=block_size,
                     num_kv_heads=num_kv_heads,
+                    ids_at_once=IDS_AT_ONCE,
                     wait_for_room=wait_for_room,
                     full=full.at[slot],
                 )
@@ -257,8 +256,6 @@ def _paged_decode_kernel(
 
     @pl.when(jax.lax.axis_index("warpgroup") == COMPUTE)
     def compute():
-        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-
         def attend(turn, item, step):
             row, place, start, end, head = item
             side = jax.lax.rem(turn, jnp.int32(SIDES))

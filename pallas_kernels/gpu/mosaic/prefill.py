@@ -43,7 +43,9 @@ from pallas_kernels.layout import MASKED, PagedBatch
 STAGE_BYTES = 128 << 10  # of all tiles of keys and values
 COMPUTE_WARPGROUPS = 2
 LOAD = COMPUTE_WARPGROUPS  # the last warpgroup
-COMPUTE_REGISTERS, LOAD_REGISTERS = 240, 32
+# Of a thread of a warpgroup that computes, twice, and of the one that loads: at most 504 in all, as
+# 3 warpgroups start with 168 each. A warpgroup that asks for more waits for ever.
+REGISTERS, MORE_REGISTERS = (232, 40), (240, 24)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,9 +66,9 @@ class MosaicPrefillConfig:
             raise ValueError(f"num_stages must be at least 2, got {self.num_stages}")
 
 
-def prefill_config(head_size: int, window: int | None = None) -> MosaicPrefillConfig:
-    """A sound cut for a head size, of 16 bits, and a window, which takes registers."""
-    context = 64 if head_size > 64 and window is not None else 128
+def prefill_config(head_size: int, *, has_options: bool = False) -> MosaicPrefillConfig:
+    """A sound cut for a head size, of 16 bits; a window, a cap and sinks take registers."""
+    context = 64 if head_size > 64 and has_options else 128
     return MosaicPrefillConfig(
         context_tokens=context, num_stages=STAGE_BYTES // (context * 4 * head_size)
     )
@@ -95,7 +97,8 @@ def paged_prefill(
     T, N, H = q.shape
     P, K, S, W = pool.shape
     G = N // K
-    config = config or prefill_config(H, window)
+    has_options = any(option is not None for option in (window, soft_cap, sinks))
+    config = config or prefill_config(H, has_options=has_options)
     tokens = WARPGROUP_ROWS // G  # of a warpgroup
     tiles = list_tiles(batch, num_tokens=T, query_tokens=COMPUTE_WARPGROUPS * tokens)
     more = []
@@ -180,10 +183,12 @@ def _paged_prefill_kernel(
     inner = jnp.minimum(inner, end)
     outer = jnp.maximum(outer, inner)
     factor = scale * LOG2_E if soft_cap is None else 1.0  # of logits, to base 2
+    compute_registers, load_registers = REGISTERS if C * H <= 64 * 128 else MORE_REGISTERS
+    ids_at_once = 4 if pieces_of(C, block_size) <= 8 else 2
 
     @pl.when((count > 0) & (warpgroup == LOAD))
     def load():
-        plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
+        plgpu.set_max_registers(load_registers, action="decrease")
 
         @pl.loop(start, end)
         def load_one(tile):
@@ -203,13 +208,14 @@ def _paged_prefill_kernel(
                 last_block=last // block_size,
                 block_size=block_size,
                 num_kv_heads=K,
+                ids_at_once=ids_at_once,
                 wait_for_room=wait_for_room,
                 full=full.at[slot],
             )
 
     @pl.when((count > 0) & (warpgroup != LOAD))
     def compute():
-        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+        plgpu.set_max_registers(compute_registers, action="increase")
         my_first = warpgroup * num_tokens  # token of the tile
 
         def my_copies(do_copy):
