@@ -45,18 +45,16 @@ def replay_moment(lengths: list[RequestLengths], *, block_size: int) -> Moment:
             + 1,
         )
     )
-    recorder, most, best = StepRecorder(scheduler), (False, -1.0), None
+    recorder, most, best = StepRecorder(scheduler), (False, -1), None
     plans = run_saturated(scheduler, _requests(lengths[:NUM_REQUESTS], block_size))
     with recorder.trace() as steps:
         while (plan := recorder.run(lambda: next(plans, None))) is not None:
-            last = steps[-1]
-            num_saved = last["blocks_used"] * last["saving"] / (1 - last["saving"])
-            merit = last["blocks_free"] == last["blocks_cached"], num_saved
+            num_free = NUM_BLOCKS - 1 - plan.use.num_blocks
+            merit = num_free == plan.use.num_cached, plan.use.num_entries - plan.use.num_blocks
             if merit > most:
-                most, best = merit, (len(steps), take_snapshot(scheduler, plan))
+                most, best = merit, (len(steps) + 1, take_snapshot(scheduler))
     if best is None:
         raise ValueError("there are no requests to replay; give at least one")
-    steps = [record for record in steps if record["running"]]  # the end is no step
     return Moment(step=best[0], snapshot=best[1], steps=steps)
 
 

@@ -39,8 +39,9 @@ class Oracle:
         planned = {row.sequence for row in plan.rows}
         paused = [
             _View(sequence.row, sequence, sequence.num_computed_tokens)
-            for sequence in running
-            if sequence.row is not None and sequence not in planned
+            for sequence in running  # of which some may have started in a later plan
+            if sequence.row is not None and sequence.candidates is not None
+            if sequence not in planned
         ]
         before = [*(_View(row.row, row.sequence, row.start) for row in plan.rows), *paused]
         after = [*(_View(row.row, row.sequence, row.seq_len) for row in plan.rows), *paused]
@@ -81,7 +82,8 @@ class Oracle:
         positions = np.arange(row.start, row.seq_len)
         blocks = self.tables[row.row, positions // self.block_size]
         assert (blocks > 0).all(), f"row {row.row} writes to the null block"
-        self.pool[blocks, positions % self.block_size] = self.history(row.sequence)[positions]
+        history = self.history(row.sequence, row.seq_len)
+        self.pool[blocks, positions % self.block_size] = history[positions]
 
     def assert_sees(self, views: "list[_View]", origins: np.ndarray, *, hidden: np.ndarray) -> None:
         """Fails unless every table shows its sequence's own history, but in `hidden` slots.
@@ -91,12 +93,16 @@ class Oracle:
         for row, sequence, num_tokens in views:
             positions = np.arange(num_tokens)
             place = self.tables[row, positions // self.block_size], positions % self.block_size
-            wrong = self.pool.reshape(-1)[origins[place]] != self.history(sequence)[:num_tokens]
+            history = self.history(sequence, num_tokens)[:num_tokens]
+            wrong = self.pool.reshape(-1)[origins[place]] != history
             wrong &= ~hidden[self.slots[place]]
             assert not wrong.any(), f"row {row} sees another history at {positions[wrong]}"
 
-    def history(self, sequence: Sequence) -> np.ndarray:
-        """A number for each prefix of the sequence's tokens."""
+    def history(self, sequence: Sequence, num_tokens: int) -> np.ndarray:
+        """A number for each prefix of the sequence's tokens, of which there are at least so many.
+
+        What was sampled for one that had ended by then nobody knows, nor should see.
+        """
         tokens, known = self._histories.setdefault(sequence, ([], []))
         if sequence.token_ids[: len(tokens)] != tokens:  # another beam has taken its place
             del tokens[:], known[:]
@@ -104,7 +110,10 @@ class Oracle:
         for token in sequence.token_ids[len(known) :]:
             tokens.append(token)
             known.append(hash((known[-1] if known else salt, token)))
-        return np.array(known, np.int64)
+        num_unknown = num_tokens - len(known)
+        assert num_unknown <= 0 or sequence.finished, "a live sequence's tokens are known"
+        unknown = [hash((id(sequence), place)) for place in range(num_unknown)]
+        return np.array(known + unknown, np.int64)
 
     def forget(self, sequences: Iterable[Sequence]) -> None:
         """Drops what is remembered of sequences that have ended."""

@@ -26,7 +26,6 @@ def saturate(lengths: list[RequestLengths], *, num_slots: int, block_size: int) 
     then, and end when the last has begun.
     """
     scheduler = scheduler_for(lengths, num_slots=num_slots, block_size=block_size, caching=False)
-    counters, base = scheduler.counters, (0, 0)
     held = slots = num_running = num_steps = num_begun = first = 0
     for plan in run_saturated(scheduler, requests_of(lengths)):
         num_begun += sum(row.is_new and not row.sequence.num_output_tokens for row in plan.rows)
@@ -34,9 +33,9 @@ def saturate(lengths: list[RequestLengths], *, num_slots: int, block_size: int) 
         if num_begun == len(lengths):
             break
         if num_begun - len(plan.rows) < first:
-            base = counters.held_tokens, counters.held_slots
             continue
-        held, slots = counters.held_tokens - base[0], counters.held_slots - base[1]
+        held += plan.use.num_tokens
+        slots += plan.use.num_blocks * block_size
         num_running += len(plan.rows)
         num_steps += 1
     if not num_steps:
@@ -57,7 +56,7 @@ def saturate(lengths: list[RequestLengths], *, num_slots: int, block_size: int) 
         waste=1 - held / slots,
         theory=empty / (resident + empty),
         resident_tokens=resident,
-        preemptions=counters.preemptions,
+        preemptions=scheduler.counters.preemptions,
         steps=num_steps,
     )
 

@@ -30,9 +30,11 @@ class EngineConfig:
     max_waiting: int = DEFAULT_MAX_WAITING
     enable_prefix_caching: bool = True
     num_swap_blocks: int = 0  # of host memory, for sequences that are preempted
+    async_scheduling: bool = True  # a step is planned while the one before it runs
 
     def __post_init__(self) -> None:
         checked_flag("enable_prefix_caching", self.enable_prefix_caching)
+        checked_flag("async_scheduling", self.async_scheduling)
         for name, least in _LEAST.items():
             object.__setattr__(self, name, checked_int(name, getattr(self, name), least=least))
         size = self.block_size

@@ -2,7 +2,7 @@
 
 import operator
 
-from jpaged.plan import ScheduledRow, StepPlan
+from jpaged.plan import PoolUse, ScheduledRow, StepPlan
 from jpaged.requests import Sequence
 
 
@@ -10,6 +10,7 @@ class Draft:
     """The rows and copies so far, what is left of the budget, and who can be forked.
 
     `leads` are the rows that end a prompt: others of their request may begin from what they have.
+    Of the sequences that start, `num_queried` tokens were looked up and `num_hit` found.
     """
 
     def __init__(self, budget: int) -> None:
@@ -20,6 +21,7 @@ class Draft:
         self.swap_outs: list[tuple[int, int]] = []
         self.swap_ins: list[tuple[int, int]] = []
         self.leads: list[ScheduledRow] = []
+        self.num_queried = self.num_hit = 0
 
     def add(
         self,
@@ -35,7 +37,7 @@ class Draft:
             is_new, new_blocks = True, list(enumerate(sequence.block_ids))
             sequence.is_forked = False
         start = sequence.num_computed_tokens
-        samples = start + num_tokens == len(sequence.token_ids)
+        samples = start + num_tokens == len(sequence.token_ids) + sequence.num_in_flight
         feeds_back = sequence.last_token_on_device and num_tokens == 1
         # By position: every step makes one for each row, and by name it takes twice as long.
         row = ScheduledRow(
@@ -69,7 +71,7 @@ class Draft:
         )
         self.rows.append(row)
 
-    def plan(self) -> StepPlan:
+    def plan(self, use: PoolUse) -> StepPlan:
         """The step, with the rows that have one token in front."""
         short = [row for row in self.rows if row.num_tokens == 1]
         # Attention walks a group of rows as far as its longest: rows of a length go together.
@@ -84,4 +86,7 @@ class Draft:
             preempted=tuple(self.preempted),
             swap_outs=tuple(self.swap_outs),
             swap_ins=tuple(self.swap_ins),
+            num_queried=self.num_queried,
+            num_hit=self.num_hit,
+            use=use,
         )

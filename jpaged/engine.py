@@ -1,5 +1,7 @@
 """The loop: schedule, run, commit; and the way back when a step fails."""
 
+import collections
+import time
 from typing import NamedTuple
 
 import jax
@@ -25,6 +27,9 @@ MAX_FAILURES = 2  # a request whose steps fail this often is given up
 class Engine:
     """Scheduler and runner, kept in agreement.
 
+    While the device computes a step the next one is planned and sent, so that it never waits for
+    the host; each step's tokens feed the next on the device, and are fetched one step late.
+
     After any exception out of a step, an interrupt too, everything on the device that may be lost
     is made anew and what was in flight is computed again: no finished text is lost.
     """
@@ -33,24 +38,24 @@ class Engine:
         self.scheduler = scheduler
         self.runner = runner
         self.tokenizer = tokenizer
+        self._in_flight: collections.deque[Sent] = collections.deque()
+        self._at_work: StepPlan | None = None  # whose fault an exception is
         self._unsettled = False  # a step began, and neither it nor its recovery came to an end
 
     def step(self) -> list[Sequence]:
-        """Runs one step; the sequences that got a token or ended."""
-        plan, ended = None, []
+        """Waits for one step, and runs those after it; the sequences that got a token or ended."""
+        ended: list[Sequence] = []
         try:
             if self._unsettled:
                 ended = self._recover()
             self._unsettled = True
-            plan = self.scheduler.schedule()
-            if plan is not None:
-                out = self.runner.run(plan, _outputs_for(plan))
-                fetched = fetch(out, plan, self.tokenizer)
-                ended += self.scheduler.commit(plan, fetched.tokens, fetched.logprobs)
-                for request in take_candidates(plan, fetched.candidates):
-                    ended += self.scheduler.advance(request)
+            self._send()
+            if self._in_flight:
+                ended += self._take_in(self._in_flight.popleft())
+            self._drop_given_up()
             self._unsettled = False
         except BaseException as error:
+            plan = self._at_work
             ended += self._recover()
             if plan is None or not isinstance(error, Exception):
                 raise
@@ -60,6 +65,11 @@ class Engine:
             ended += [sequence for sequence in rest if sequence.finished]
         return ended
 
+    def close(self) -> None:
+        """Deletes the device arrays at once, whoever still refers to them."""
+        self._in_flight.clear()
+        self.runner.close()
+
     def stats(self) -> Stats:
         """The figures of scheduler and runner at this moment."""
         runner = self.runner
@@ -67,8 +77,44 @@ class Engine:
             self.scheduler, compiles=runner.num_programs, lazy_compiles=runner.lazy_compiles
         )
 
+    def _send(self) -> None:
+        """Gives the device one step to compute, and another to go on with."""
+        self._drop_given_up()
+        num_ahead = 1 if self.scheduler.config.async_scheduling else 0
+        while len(self._in_flight) <= num_ahead:
+            start = time.perf_counter()
+            plan = self.scheduler.schedule()
+            if plan is None:
+                return
+            self._at_work, planned = plan, time.perf_counter()
+            self._in_flight.append(Sent(plan, self.runner.run(plan, _outputs_for(plan))))
+            self._at_work = None
+            self.scheduler.counters.schedule_seconds += planned - start
+            self.scheduler.counters.send_seconds += time.perf_counter() - planned
+
+    def _take_in(self, sent: "Sent") -> list[Sequence]:
+        """Waits for the step; the sequences that got a token or ended."""
+        plan, counters = sent.plan, self.scheduler.counters
+        self._at_work, start = plan, time.perf_counter()
+        fetched = fetch(sent.out, plan, self.tokenizer)
+        arrived = time.perf_counter()
+        ended = self.scheduler.commit(plan, fetched.tokens, fetched.logprobs)
+        for request in take_candidates(plan, fetched.candidates):
+            ended += self.scheduler.advance(request)
+        counters.wait_seconds += arrived - start
+        counters.commit_seconds += time.perf_counter() - arrived
+        self._at_work = None
+        return ended
+
+    def _drop_given_up(self) -> None:
+        """Forgets what nobody waits for: the scheduler has started over, or has no request left."""
+        if not self.scheduler.in_flight:
+            self._in_flight.clear()
+
     def _recover(self) -> list[Sequence]:
         """Starts the device side anew; the sequences that turned out to be finished."""
+        self._in_flight.clear()
+        self._at_work = None
         ended = self.scheduler.recover()
         if self.runner.is_lost:
             self.runner.reset()
@@ -86,6 +132,13 @@ class Engine:
         failure = EngineFailedError(f"a step failed {MAX_FAILURES} times: {error!r}")
         failure.__cause__ = error
         return self.scheduler.fail(hopeless, failure)
+
+
+class Sent(NamedTuple):
+    """A step that the device was given, and the results it will have."""
+
+    plan: StepPlan
+    out: StepOutput
 
 
 class Fetched(NamedTuple):

@@ -3,9 +3,10 @@
 import collections
 
 from jpaged.blocks import NULL_BLOCK
+from jpaged.finish import is_long_enough
 from jpaged.plan import ScheduledRow, StepPlan
 from jpaged.prefix_cache import chain_digests, root_digest
-from jpaged.requests import MAX_OVERTAKEN
+from jpaged.requests import MAX_OVERTAKEN, Sequence
 from jpaged.scheduler import Scheduler
 from jpaged.waiting import NUM_CONSIDERED
 
@@ -13,14 +14,14 @@ from jpaged.waiting import NUM_CONSIDERED
 def check(scheduler: Scheduler, plan: StepPlan | None = None) -> None:
     """Raises AssertionError that names the first broken invariant, by its number in DESIGN.md.
 
-    Call it between steps, or between `schedule` and `commit` with the plan.
+    Call it between steps, or between `schedule` and `commit` with the plan that was made last.
     """
     _check_sequences(scheduler)
     _check_rows(scheduler)
     _check_blocks(scheduler)
     _check_contents(scheduler)
     _check_beams(scheduler)
-    _check_tables(scheduler, plan)
+    _check_tables(scheduler)
     _check_order(scheduler, plan)
     _check_swapped(scheduler)
     if plan is not None:
@@ -78,17 +79,18 @@ def _check_contents(scheduler: Scheduler) -> None:
             )
 
 
-def _check_tables(scheduler: Scheduler, plan: StepPlan | None) -> None:
-    planned = {} if plan is None else {row.sequence: row.seq_len for row in plan.rows}
+def _check_tables(scheduler: Scheduler) -> None:
+    in_flight = {row.sequence for plan in scheduler.in_flight for row in plan.rows}
     for sequence in scheduler.running:
-        num_tokens = planned.get(sequence, sequence.num_computed_tokens)
+        num_tokens = sequence.num_computed_tokens
         expected = scheduler.config.blocks_for(num_tokens)
         _require(
             len(sequence.block_ids) == expected,
             f"5: {num_tokens} tokens need {expected} blocks, the table has {sequence.block_ids}",
         )
         _require(
-            (sequence.num_computed_tokens < sequence.num_tokens) == (sequence.candidates is None),
+            sequence in in_flight
+            or (num_tokens < sequence.num_tokens) == (sequence.candidates is None),
             "6: a running sequence has no token left to compute, or a beam that has is waited for",
         )
 
@@ -99,8 +101,8 @@ def _check_order(scheduler: Scheduler, plan: StepPlan | None) -> None:
         _require(order == sorted(set(order)), f"14: running or waiting out of order: {order}")
     rows, preempted = ((), ()) if plan is None else (plan.rows, plan.preempted)
     seq_lens = {row.sequence: row.seq_len for row in rows}
-    partial = [s for s in scheduler.running if s.num_computed_tokens < s.num_tokens - 1]
-    priorities = [s.request.priority for s in partial if seq_lens.get(s, 0) < s.num_tokens]
+    partial = [s for s in scheduler.running if s.num_computed_tokens < s.num_all_tokens - 1]
+    priorities = [sequence.request.priority for sequence in partial]
     _require(
         len(set(priorities)) == len(priorities),
         f"14: two sequences of one priority are in the middle of their prompts: {priorities}",
@@ -148,21 +150,32 @@ def _check_plan(scheduler: Scheduler, plan: StepPlan) -> None:
     _require(plan.num_decodes == lengths.count(1), f"6: num_decodes is {plan.num_decodes}")
     _require(set(lengths[: plan.num_decodes]) <= {1}, f"6: rows out of order: {lengths}")
     planned = {row.sequence for row in plan.rows}
-    unpaused = [sequence for sequence in scheduler.running if sequence.candidates is None]
+    unpaused = [s for s in scheduler.running if s.candidates is None and not _is_over(scheduler, s)]
     _require(planned.issuperset(unpaused), "6: a running sequence gets no token")
     for row in plan.rows:
         sequence = row.sequence
         if sequence.finished:  # aborted since
             continue
         _require(sequence.row == row.row, f"6: the sequence moved from row {row.row}")
-        start = 0 if row.forked is not None else row.start
-        _require(sequence.num_computed_tokens == start, f"6: the row starts at {row.start}")
-        _require(row.samples == (row.seq_len == sequence.num_tokens), "6: wrong about sampling")
+        _require(sequence.num_computed_tokens == row.seq_len, f"6: the row ends at {row.seq_len}")
+        is_sampled = row.samples and sequence.request.search is None
+        num_before = sequence.num_all_tokens - is_sampled
+        _require(row.samples == (row.seq_len == num_before), "6: wrong about sampling")
+        _require(
+            not is_long_enough(sequence, num_before, config.max_model_len),
+            f"6: a sequence of {num_before} tokens gets one that it cannot keep",
+        )
         _require(
             set(row.new_blocks) <= set(enumerate(sequence.block_ids)),
             f"5: the new blocks {row.new_blocks} are not those of {sequence.block_ids}",
         )
     _check_writes(scheduler, plan)
+
+
+def _is_over(scheduler: Scheduler, sequence: Sequence) -> bool:
+    """Whether the sequence ends with the tokens in flight, whatever they are."""
+    num_tokens, most = sequence.num_all_tokens, scheduler.config.max_model_len
+    return sequence.num_in_flight > 0 and is_long_enough(sequence, num_tokens, most)
 
 
 def _check_writes(scheduler: Scheduler, plan: StepPlan) -> None:
@@ -233,6 +246,17 @@ def _check_sequences(scheduler: Scheduler) -> None:
     }
     _require(unfinished == set(queued), "8: the queues do not hold what is unfinished")
     _require(len(queued) == len(unfinished), "8: a sequence runs and waits")
+    sampling = collections.Counter(
+        row.sequence
+        for plan in scheduler.in_flight
+        for row in plan.rows
+        if row.samples and row.sequence.request.search is None
+    )
+    for sequence in unfinished:
+        _require(
+            sequence.num_in_flight == sampling[sequence],
+            f"8: {sampling[sequence]} tokens are in flight, not {sequence.num_in_flight}",
+        )
     front, num_waiting = scheduler.waiting.front, scheduler.num_waiting
     _require(
         (len(front), num_waiting) == (min(NUM_CONSIDERED, num_waiting), len(queued) - len(running)),
@@ -274,6 +298,7 @@ def _check_beams(scheduler: Scheduler) -> None:
 def _check_drained(scheduler: Scheduler) -> None:
     _require(not scheduler.running and not scheduler.waiting, "8: a queue outlives its requests")
     _require(scheduler.pool.num_used == 0, f"8: {scheduler.pool.num_used} blocks are still held")
+    _require(not scheduler.in_flight, "8: a plan outlives the requests")
 
 
 def _require(condition: bool, message: str) -> None:

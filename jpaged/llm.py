@@ -55,6 +55,7 @@ class LLM:
             QueueFullError refuses what is more.
         seed: of the seeds drawn for requests that bring none.
         enable_prefix_caching: keep finished blocks, and share those whose prefix comes again.
+        async_scheduling: plan a step while the device computes the one before it.
         attention_backend: "auto", "cpu", "xla", "pallas-tpu", "pallas-gpu", "mosaic-gpu" and, for
             tests, "reference", "pallas-tpu-interpret", "pallas-gpu-interpret" and
             "mosaic-gpu-interpret".
@@ -83,6 +84,7 @@ class LLM:
         max_waiting: int = DEFAULT_MAX_WAITING,
         seed: int = 0,
         enable_prefix_caching: bool = True,
+        async_scheduling: bool = True,
         attention_backend: str = "auto",
         warm_up: bool = True,
         use_tqdm: bool = True,
@@ -102,6 +104,7 @@ class LLM:
             max_waiting=max_waiting,
             seed=seed,
             enable_prefix_caching=enable_prefix_caching,
+            async_scheduling=async_scheduling,
             attention_backend=attention_backend,
             warm_up=warm_up,
             use_tqdm=use_tqdm,
@@ -257,7 +260,7 @@ class LLM:
     def close(self) -> None:
         """Deletes the device arrays and gives up what still runs. Safe to repeat."""
         self._desk.close()
-        self.engine.runner.close()
+        self.engine.close()
 
     def __enter__(self) -> Self:
         return self

@@ -33,6 +33,7 @@ class Options:
     max_waiting: int
     seed: int
     enable_prefix_caching: bool
+    async_scheduling: bool
     attention_backend: str
     warm_up: bool
     use_tqdm: bool
@@ -66,6 +67,7 @@ class Options:
             max_model_len=_or(self.max_model_len, min(longest, LONGEST_DEFAULT)),
             max_waiting=self.max_waiting,
             enable_prefix_caching=self.enable_prefix_caching,
+            async_scheduling=self.async_scheduling,
         )
 
 

@@ -32,14 +32,27 @@ class ScheduledRow(NamedTuple):
         return self.start + self.num_tokens
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+class PoolUse(NamedTuple):
+    """What the pool holds when a planned step is done and nothing is freed yet."""
+
+    num_tokens: int = 0  # whose K/V a sequence's table shows, shared ones counted once
+    num_blocks: int = 0  # that hold them
+    num_entries: int = 0  # of all tables
+    num_cached: int = 0  # free blocks that could still be shared
+
+
+NOTHING_USED = PoolUse()
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class StepPlan:
     """One step: the rows with one token first (`num_decodes` of them), longer chunks, then forks.
 
     Before the step writes anything, `swap_outs`, (block, host block) pairs, are read; then all
     sources of `copies`, (source, destination) blocks, and then their destinations written; then
     `swap_ins`, (host block, block) pairs, of blocks that earlier steps left there. `preempted`
-    sequences lost their row and blocks while the step was planned.
+    sequences lost their row and blocks while the step was planned. Of those that start, the prefix
+    cache was asked for `num_queried` tokens and had `num_hit`.
     """
 
     rows: tuple[ScheduledRow, ...]
@@ -49,6 +62,9 @@ class StepPlan:
     preempted: tuple[Sequence, ...]
     swap_outs: tuple[tuple[int, int], ...] = ()
     swap_ins: tuple[tuple[int, int], ...] = ()
+    num_queried: int = 0
+    num_hit: int = 0
+    use: PoolUse = NOTHING_USED
 
     @property
     def num_prefills(self) -> int:

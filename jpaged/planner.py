@@ -7,11 +7,11 @@ from jpaged.admission import Admission
 from jpaged.blocks import BlockPool
 from jpaged.config import EngineConfig
 from jpaged.draft import Draft
-from jpaged.plan import ScheduledRow, StepPlan
+from jpaged.finish import is_long_enough
+from jpaged.plan import PoolUse, ScheduledRow, StepPlan
 from jpaged.prefix_cache import PrefixCache
 from jpaged.requests import Sequence
 from jpaged.sharing import Hit, register_filled
-from jpaged.stats import Counters
 from jpaged.swapping import NOTHING_STORED, Swapping
 from jpaged.tables import grow, num_filled_slots, num_new_blocks, own_tail
 from jpaged.waiting import WaitingQueue
@@ -32,9 +32,8 @@ class Planner:
     planned is safe, the first always gets on, and no two can ever preempt each other in turn.
     """
 
-    def __init__(self, config: EngineConfig, counters: Counters) -> None:
+    def __init__(self, config: EngineConfig) -> None:
         self.config = config
-        self.counters = counters
         self.pool = BlockPool(config.num_blocks, PrefixCache())
         self.free_rows = list(range(config.max_num_seqs - 1, -1, -1))
         self.running: list[Sequence] = []
@@ -42,17 +41,37 @@ class Planner:
         self.swapping = Swapping(config.num_swap_blocks)
         self._admission = Admission(config, self.pool, self.waiting)
 
-    def plan(self) -> StepPlan:
-        """The next step, and all that it takes given out; somebody runs or waits."""
+    def plan(self) -> StepPlan | None:
+        """The next step, and all that it takes given out; somebody runs or waits.
+
+        None, and nothing changed, where all that run end with the tokens in flight.
+        """
         draft = Draft(self.config.max_num_batched_tokens)
         self._continue_running(draft)
         self._admit_waiting(draft)
         if not draft.rows:
+            if any(sequence.num_in_flight for sequence in self.running):
+                return None
             self._admit_beam(draft)
-        plan = draft.plan()
-        assert plan.rows, "the first sequence can always run: it fits the pool alone"
-        self._count_held(plan)
-        return plan
+        assert draft.rows, "the first sequence can always run: it fits the pool alone"
+        return draft.plan(self._pool_use(draft))
+
+    def can_plan_beyond(self, plan: StepPlan) -> bool:
+        """Whether the step after `plan` can be planned before its tokens are known.
+
+        Not if what some sequence may do next depends on them, and not where somebody would be
+        preempted: those whom these tokens end may leave blocks enough.
+        """
+        if any(row.sequence.request.needs_known_tokens for row in plan.rows):
+            return False
+        most = 2 * len(self.running) + self.config.max_num_batched_tokens // self.config.block_size
+        return most <= self.pool.num_free or self._num_wanted <= self.pool.num_free
+
+    def take_in(self, sequence: Sequence) -> None:
+        """Makes known the block that the newest token fills, where a planned step writes it."""
+        end = sequence.num_tokens
+        if sequence.num_computed_tokens == end and end % self.config.block_size == 0:
+            self._register(sequence, end - 1, end)
 
     def drop(self, finished: list[Sequence]) -> None:
         """Frees what ended sequences hold, and their places."""
@@ -78,9 +97,9 @@ class Planner:
             if sequence.row is None:  # preempted just now
                 continue
             start = sequence.num_computed_tokens
-            num_tokens = sequence.num_tokens - start
-            if not num_tokens:  # a beam that waits for the others of its search
-                continue
+            num_tokens = sequence.num_all_tokens - start
+            if not num_tokens or self._ends_in_flight(sequence):
+                continue  # a beam that waits for the others of its search, or one that is over
             if num_tokens > 1:
                 self._admit_waiting(draft, before=sequence)
                 num_tokens = min(num_tokens, 1 + self._num_spare(draft))
@@ -96,6 +115,23 @@ class Planner:
             draft.add(sequence, num_tokens, columns)
             if start // size < end // size:
                 self._register(sequence, start, end)
+
+    def _ends_in_flight(self, sequence: Sequence) -> bool:
+        num_tokens = sequence.num_all_tokens
+        return sequence.num_in_flight > 0 and is_long_enough(
+            sequence, num_tokens, self.config.max_model_len
+        )
+
+    @property
+    def _num_wanted(self) -> int:
+        """Blocks that the running sequences want in the next step, and at most."""
+        pool, config, count = self.pool, self.config, 0
+        for sequence in self.running:
+            if not self._ends_in_flight(sequence):
+                start = sequence.num_computed_tokens
+                end = min(sequence.num_all_tokens, start + config.max_num_batched_tokens)
+                count += num_new_blocks(pool, sequence, end, config) if end > start else 0
+        return count
 
     def _num_spare(self, draft: Draft) -> int:
         """Tokens of the budget that are left when every running sequence has had one."""
@@ -117,7 +153,6 @@ class Planner:
         draft.swap_outs += self.swapping.store(sequence)
         self._release(sequence)
         self.waiting.add(sequence)
-        self.counters.preemptions += 1
 
     def _admit_waiting(self, draft: Draft, *, before: Sequence | None = None) -> None:
         """Starts waiting sequences while there is room for all their known tokens.
@@ -189,8 +224,8 @@ class Planner:
             draft.swap_ins += [(stored.space_ids[c], sequence.block_ids[c]) for c in columns]
         draft.add(sequence, num_tokens, list(enumerate(sequence.block_ids)), is_new=True)
         self._register(sequence, hit.num_tokens, start + num_tokens)
-        self.counters.hit_tokens += hit.num_tokens
-        self.counters.queried_tokens += sequence.num_tokens
+        draft.num_hit += hit.num_tokens
+        draft.num_queried += sequence.num_tokens
 
     def _fork_waiting(self, draft: Draft) -> None:
         """Starts what waits for a prompt that ends in this step, with no token of its own."""
@@ -200,7 +235,7 @@ class Planner:
                 if len(self.running) >= self.config.max_running or self._num_free_to_start < 0:
                     return
                 is_waiting = sequence.row is None and not sequence.finished
-                if is_waiting and not sequence.num_output_tokens:
+                if is_waiting and sequence.num_all_tokens == sequence.num_prompt_tokens:
                     self._fork(sequence, lead, draft)
 
     def _fork(self, sequence: Sequence, lead: ScheduledRow, draft: Draft) -> None:
@@ -220,8 +255,9 @@ class Planner:
         sequence.row = self.free_rows.pop()
 
     def _register(self, sequence: Sequence, start: int, end: int) -> None:
-        """Makes known the blocks that the tokens `start` to `end - 1` fill, if there are any."""
+        """Makes known the blocks that the tokens `start` to `end - 1` fill, if these are known."""
         if self.config.enable_prefix_caching:
+            end = min(end, sequence.num_tokens)
             register_filled(self.pool.cache, sequence, start, end, self.config.block_size)
 
     def _release(self, sequence: Sequence) -> None:
@@ -230,14 +266,15 @@ class Planner:
         self.free_rows.append(sequence.row)
         sequence.forget_device()
 
-    def _count_held(self, plan: StepPlan) -> None:
-        size = self.config.block_size
-        tables = [(row.sequence.block_ids, row.seq_len) for row in plan.rows]
+    def _pool_use(self, draft: Draft) -> PoolUse:
+        tables = [(row.sequence.block_ids, row.seq_len) for row in draft.rows]
         if len(tables) < len(self.running):
-            paused = [s for s in self.running if s.candidates is not None]
-            tables += [(s.block_ids, s.num_computed_tokens) for s in paused]
-        held = num_filled_slots(self.pool, tables, size)
-        in_tables = sum(len(block_ids) for block_ids, _ in tables)
-        self.counters.add_step(
-            plan, self.pool, tokens_held=held, table_blocks=in_tables, block_size=size
+            planned = {row.sequence for row in draft.rows}
+            rest = [s for s in self.running if s not in planned]
+            tables += [(s.block_ids, s.num_computed_tokens) for s in rest]
+        return PoolUse(
+            num_tokens=num_filled_slots(self.pool, tables, self.config.block_size),
+            num_blocks=self.pool.num_used,
+            num_entries=sum(len(block_ids) for block_ids, _ in tables),
+            num_cached=self.pool.num_cached,
         )

@@ -48,6 +48,11 @@ class Request:
         return all(sequence.finished for sequence in self.sequences)
 
     @property
+    def needs_known_tokens(self) -> bool:
+        """Whether the host must know all tokens so far before the next step can be planned."""
+        return self.search is not None or any(len(ids) > 1 for ids in self.bad_word_ids)
+
+    @property
     def num_together(self) -> int:
         """Sequences that wait for one another, so that all must fit at once."""
         return 1 if self.search is None else len(self.sequences)
@@ -69,8 +74,10 @@ class Sequence:
 
     `token_ids` is the prompt and then what was generated, and only ever grows, but where a beam
     gives way to another. `row`, `block_ids`, `num_computed_tokens`, `last_token_on_device` and
-    `is_forked` say what the device holds of it; they can all be thrown away and computed again from
-    `token_ids`. While it waits, `patience` says how often it may still be overtaken, and
+    `is_forked` say what the device holds of it when it has done all steps that are planned; they
+    can all be thrown away and computed again from `token_ids`. `num_in_flight` more tokens are
+    sampled by planned steps and not yet known here; they come even to one that has lost its row
+    since. While it waits, `patience` says how often it may still be overtaken, and
     `num_hit_blocks` how much of its prefix the cache had last. A beam that has `candidates` waits,
     with all that it holds, for the others of its search.
     """
@@ -82,6 +89,7 @@ class Sequence:
     block_ids: list[int] = dataclasses.field(default_factory=list)
     row: int | None = None
     last_token_on_device: bool = False
+    num_in_flight: int = 0
     is_forked: bool = False  # the device does not know yet that the row has another's table
     candidates: Candidates | None = dataclasses.field(default=None, repr=False)
     patience: int = MAX_OVERTAKEN
@@ -118,6 +126,11 @@ class Sequence:
     def num_tokens(self) -> int:
         """Tokens known so far, prompt and generated."""
         return len(self.token_ids)
+
+    @property
+    def num_all_tokens(self) -> int:
+        """Tokens known and in flight."""
+        return len(self.token_ids) + self.num_in_flight
 
     @property
     def num_prompt_tokens(self) -> int:

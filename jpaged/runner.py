@@ -121,9 +121,15 @@ class Runner:
 
     @property
     def is_lost(self) -> bool:
-        """Whether a failed step took the pool or any of the states with it."""
+        """Whether a failed step took the pool or any state with it; waits for the device."""
         arrays = jax.tree.leaves((self.pool, self.state, self.shape))
-        return any(array.is_deleted() for array in arrays)
+        if any(array.is_deleted() for array in arrays):
+            return True
+        try:
+            jax.block_until_ready(arrays)
+        except jax.errors.JaxRuntimeError:  # of the step that should have brought them
+            return True
+        return False
 
     def close(self) -> None:
         """Deletes the device arrays at once, whoever still refers to them."""

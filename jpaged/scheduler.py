@@ -1,5 +1,6 @@
 """Requests from their arrival to their end, step by step, whatever goes wrong between."""
 
+import collections
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 
@@ -21,6 +22,9 @@ class Scheduler:
     """Continuous batching over a pool of blocks, by priority and then first come first served.
 
     `schedule` plans a step (how, says `Planner`), the caller runs it, `commit` takes in its tokens.
+    One more step may be planned before that: of it a token of each row is not known yet, and what
+    it computes for a sequence that turns out to have ended is nobody's. It was written into that
+    sequence's own unhashed tail, and whoever gets these blocks next writes to them in a later step.
 
     An exception may leave everything but `requests` half changed; `recover` rebuilds the rest.
     """
@@ -58,6 +62,11 @@ class Scheduler:
     def swapping(self) -> Swapping:
         """What lies in host memory."""
         return self._planner.swapping
+
+    @property
+    def in_flight(self) -> tuple[StepPlan, ...]:
+        """The plans that are neither committed nor given up, oldest first."""
+        return tuple(self._in_flight)
 
     @property
     def free_rows(self) -> list[int]:
@@ -119,13 +128,24 @@ class Scheduler:
             )
 
     def schedule(self) -> StepPlan | None:
-        """Plans the next step, or returns None when there is nothing to do."""
+        """Plans the next step; None when there is nothing to do, or nothing before a commit."""
         self.mend()
-        assert self._plan is None, "a plan is either committed or given up by recover()"
+        assert len(self._in_flight) <= 1, "a plan is either committed or given up by recover()"
+        if self._in_flight and not self._planner.can_plan_beyond(self._in_flight[-1]):
+            return None
         if not self.running and not self.waiting:
             return None
         self._torn = True
-        self._plan = plan = self._planner.plan()
+        self.pool.cache.settle()
+        plan = self._planner.plan()
+        if plan is not None:
+            for row in plan.rows:
+                sequence = row.sequence
+                sequence.num_computed_tokens = row.seq_len
+                if row.samples and sequence.request.search is None:
+                    sequence.num_in_flight += 1
+                    sequence.last_token_on_device = True
+            self._in_flight.append(plan)
         self._torn = False
         return plan
 
@@ -135,13 +155,16 @@ class Scheduler:
         token_ids: SequenceOf[int],
         logprobs: SequenceOf[dict[int, Logprob] | None] | None = None,
     ) -> list[Sequence]:
-        """Takes in what the step sampled; the sequences that got a token.
+        """Takes in what the oldest step in flight sampled; the sequences that got a token.
 
         `token_ids` and `logprobs` have one entry for each row of the plan, ignored where the row
-        does not sample. Sequences that were aborted since are passed over.
+        does not sample. Sequences that have ended since are passed over; nothing is taken from a
+        plan that was given up since.
         """
-        assert plan is self._plan, "only the plan scheduled last can be committed, and only once"
         assert not self._torn, "an abort was cut short since: recover() comes first"
+        if plan not in self._in_flight:
+            return []
+        assert plan is self._in_flight[0], "plans are committed in the order of their making"
         num_rows = len(plan.rows)
         if len(token_ids) != num_rows or (logprobs is not None and len(logprobs) != num_rows):
             raise ValueError(f"the plan has {num_rows} rows, got {len(token_ids)} token ids")
@@ -151,14 +174,13 @@ class Scheduler:
             sequence = row.sequence
             if sequence.finished:
                 continue
-            sequence.num_computed_tokens = row.seq_len
             if row.samples and sequence.request.search is None:  # else `advance` brings tokens
                 self._take(sequence, int(token_ids[index]), logprobs[index] if logprobs else None)
                 changed.append(sequence)
-        self.pool.cache.settle()
-        self._drop_finished(changed)
+        self.counters.add_step(plan, self.config.block_size)
         self.counters.steps += 1
-        self._plan = None
+        self._in_flight.popleft()
+        self._drop_finished(changed)
         self._torn = False
         return changed
 
@@ -203,10 +225,12 @@ class Scheduler:
     def recover(self) -> list[Sequence]:
         """Rebuilds everything from `requests` after an exception; the sequences found finished.
 
-        All that is unfinished waits again, with nothing computed. A token that was taken in is
-        kept, and checked in case the exception came before its check.
+        All that is unfinished waits again, with nothing computed and nothing in flight. A token
+        that was taken in is kept, and checked in case the exception came before its check.
         """
         self._torn = True
+        for plan in self._in_flight:
+            self.counters.add_step(plan, self.config.block_size)
         self._start_over()
         found = []
         for request in list(self.requests.values()):
@@ -214,6 +238,7 @@ class Scheduler:
                 beam_sequences.restore(request)
             for sequence in request.sequences:
                 sequence.forget_device()
+                sequence.num_in_flight = 0
                 if not sequence.finished:
                     settle(sequence, self.config.max_model_len, self.eos_token_ids, again=True)
                 if sequence.finished:
@@ -233,17 +258,19 @@ class Scheduler:
 
     def _start_over(self) -> None:
         """Makes all that is held free, and both queues empty."""
-        self._plan: StepPlan | None = None
-        self._planner = Planner(self.config, self.counters)
+        self._in_flight: collections.deque[StepPlan] = collections.deque()
+        self._planner = Planner(self.config)
 
     def _take(self, sequence: Sequence, token: int, logprobs: dict[int, Logprob] | None) -> None:
         if logprobs is not None:  # before the token, which is what makes both count
             sequence.logprobs.append(logprobs)
             sequence.cumulative_logprob += logprobs[token].logprob
         sequence.token_ids.append(token)
-        sequence.last_token_on_device = True
+        sequence.num_in_flight -= 1
         self.counters.generated_tokens += 1
         settle(sequence, self.config.max_model_len, self.eos_token_ids)
+        if not sequence.finished:
+            self._planner.take_in(sequence)
 
     def _end(self, requests: list[Request], reason: FinishReason) -> list[Sequence]:
         self.mend()
@@ -258,9 +285,14 @@ class Scheduler:
         return ended
 
     def _drop_finished(self, sequences: list[Sequence]) -> None:
-        """Frees what the finished ones of `sequences` hold, and forgets finished requests."""
+        """Frees what the finished ones of `sequences` hold, and forgets finished requests.
+
+        When none is left, nobody waits for what is in flight.
+        """
         finished = [sequence for sequence in sequences if sequence.finished]
         self._planner.drop(finished)
         for sequence in finished:
             if sequence.request.finished:
                 self.requests.pop(sequence.request.request_id, None)
+        if not self.requests:
+            self._in_flight.clear()

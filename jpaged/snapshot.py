@@ -6,7 +6,6 @@ import enum
 from typing import NamedTuple
 
 from jpaged.blocks import NULL_BLOCK
-from jpaged.plan import StepPlan
 from jpaged.requests import Sequence
 from jpaged.scheduler import Scheduler
 from jpaged.stats import missing
@@ -86,16 +85,9 @@ class Snapshot:
         return missing(self.count(BlockKind.USED), num_entries)
 
 
-def take_snapshot(scheduler: Scheduler, plan: StepPlan | None = None) -> Snapshot:
-    """The scheduler's pool and tables now, or as the planned step will leave them.
-
-    Call it between steps, or between `schedule` and `commit` with the plan.
-    """
-    planned = {} if plan is None else {row.sequence: row.seq_len for row in plan.rows}
-    tables = tuple(
-        _table_state(sequence, planned.get(sequence, sequence.num_computed_tokens))
-        for sequence in scheduler.running
-    )
+def take_snapshot(scheduler: Scheduler) -> Snapshot:
+    """The scheduler's pool and tables, as the steps that are planned leave them."""
+    tables = tuple(_table_state(sequence) for sequence in scheduler.running)
     return Snapshot(
         block_size=scheduler.config.block_size,
         blocks=_block_states(scheduler, tables),
@@ -104,7 +96,7 @@ def take_snapshot(scheduler: Scheduler, plan: StepPlan | None = None) -> Snapsho
     )
 
 
-def _table_state(sequence: Sequence, num_computed_tokens: int) -> TableState:
+def _table_state(sequence: Sequence) -> TableState:
     assert sequence.row is not None, "a running sequence has a row"
     return TableState(
         request_id=sequence.request.request_id,
@@ -115,7 +107,7 @@ def _table_state(sequence: Sequence, num_computed_tokens: int) -> TableState:
         text=sequence.text,
         num_prompt_tokens=sequence.num_prompt_tokens,
         num_tokens=sequence.num_tokens,
-        num_computed_tokens=num_computed_tokens,
+        num_computed_tokens=sequence.num_computed_tokens,
         block_ids=tuple(sequence.block_ids),
     )
 

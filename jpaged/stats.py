@@ -4,7 +4,6 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from jpaged.blocks import BlockPool
     from jpaged.plan import StepPlan
     from jpaged.scheduler import Scheduler
 
@@ -32,17 +31,16 @@ class Counters:
     rows: int = 0  # of sequences, in all steps
     decode_rows: int = 0  # of these, those with one token
     prefill_rows: int = 0  # and those with more
+    schedule_seconds: float = 0.0  # of the host, planning steps
+    send_seconds: float = 0.0  # of the host, packing them and starting the device
+    wait_seconds: float = 0.0  # of the host, with nothing to do before a step's tokens come
+    commit_seconds: float = 0.0  # of the host, taking them in
 
-    def add_step(
-        self,
-        plan: "StepPlan",
-        pool: "BlockPool",
-        *,
-        tokens_held: int,
-        table_blocks: int,
-        block_size: int,
-    ) -> None:
-        """Counts a step when it is planned: what it computes, and what the pool then holds."""
+    def add_step(self, plan: "StepPlan", block_size: int) -> None:
+        """Counts a step that was run: what it computed, and what the pool then held."""
+        self.preemptions += len(plan.preempted)
+        self.queried_tokens += plan.num_queried
+        self.hit_tokens += plan.num_hit
         self.computed_tokens += plan.num_tokens
         self.copied_blocks += len(plan.copies)
         self.swapped_out_blocks += len(plan.swap_outs)
@@ -50,11 +48,11 @@ class Counters:
         self.rows += len(plan.rows)
         self.decode_rows += plan.num_decodes
         self.prefill_rows += plan.num_prefills
-        self.peak_blocks = max(self.peak_blocks, pool.num_used)
-        self.held_tokens += tokens_held
-        self.held_slots += pool.num_used * block_size
-        self.table_blocks += table_blocks
-        self.cached_blocks += pool.num_cached
+        self.peak_blocks = max(self.peak_blocks, plan.use.num_blocks)
+        self.held_tokens += plan.use.num_tokens
+        self.held_slots += plan.use.num_blocks * block_size
+        self.table_blocks += plan.use.num_entries
+        self.cached_blocks += plan.use.num_cached
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,6 +26,7 @@ TAKEN_KINDS = {  # of `ANY_KIND`, by those options that take any
     "max_num_batched_tokens": {"none"},
     "max_model_len": {"none"},
     "enable_prefix_caching": {"flag"},
+    "async_scheduling": {"flag"},
     "warm_up": {"flag"},
     "use_tqdm": {"flag"},
 }

@@ -59,7 +59,7 @@ def test_a_prompt_that_others_pass_is_answered_as_if_it_ran_alone():
         llm_over(tiny_engine()).generate(prompt, GREEDY, use_tqdm=False)[0].outputs[0].token_ids
         for prompt in prompts
     ]
-    llm = llm_over(tiny_engine())
+    llm = llm_over(tiny_engine(async_scheduling=False))
     answers = {}
     names = []
     for priority, prompt in zip((2, 1, 0), prompts, strict=True):

@@ -77,13 +77,13 @@ class OracleOnDevice(Oracle):
         slots = np.zeros(64, np.int32)  # the rest is padding, which goes to the null block
         slots[: len(positions)] = blocks * self.block_size + positions % self.block_size
         values = np.zeros((64, 1, 1), np.float32)
-        values[: len(positions), 0, 0] = self.history(row.sequence)[positions]
+        values[: len(positions), 0, 0] = self.history(row.sequence, row.seq_len)[positions]
         self.device_pool = self._write(self.device_pool, values, -values, slots)
         self.pool = np.asarray(self.device_pool)[:, 0, :, 0].astype(np.int64)
 
-    def history(self, sequence: TokenSequence) -> np.ndarray:
+    def history(self, sequence: TokenSequence, num_tokens: int) -> np.ndarray:
         """Numbers that float32 holds exactly."""
-        return super().history(sequence) % 2**23
+        return super().history(sequence, num_tokens) % 2**23
 
 
 @pytest.mark.parametrize("num_swap_blocks", [0, 40])

@@ -131,12 +131,38 @@ def scripted_tokens(plan: StepPlan) -> list[int]:
 
 
 def step(scheduler: Scheduler) -> StepPlan | None:
-    """One step with its checks."""
+    """One step with its checks, alone."""
+    for plan in scheduler.in_flight:
+        commit(scheduler, plan)
     plan = scheduler.schedule()
     if plan is not None:
         check(scheduler, plan)
         commit(scheduler, plan)
     check(scheduler)
+    return plan
+
+
+def step_ahead(scheduler: Scheduler) -> StepPlan | None:
+    """As the engine does: the oldest step is taken in when another one is planned; with checks."""
+    while len(scheduler.in_flight) < 2 and (plan := scheduler.schedule()) is not None:
+        check(scheduler, plan)
+    plan = _take_in_oldest(scheduler)
+    check(scheduler)
+    return plan
+
+
+def bare_step(scheduler: Scheduler, *, num_ahead: int) -> StepPlan | None:
+    """The same without the checks, or with `num_ahead=0` each step alone."""
+    while len(scheduler.in_flight) <= num_ahead and scheduler.schedule() is not None:
+        pass
+    return _take_in_oldest(scheduler)
+
+
+def _take_in_oldest(scheduler: Scheduler) -> StepPlan | None:
+    if not scheduler.in_flight:
+        return None
+    plan = scheduler.in_flight[0]
+    commit(scheduler, plan)
     return plan
 
 

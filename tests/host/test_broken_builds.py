@@ -42,9 +42,9 @@ def busy_run(scheduler: WatchedScheduler) -> None:
 def drop_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = Draft.plan
 
-    def without_copies(self: Any) -> StepPlan:
+    def without_copies(self: Any, *args: Any) -> StepPlan:
         self.copies.clear()
-        return plan(self)
+        return plan(self, *args)
 
     monkeypatch.setattr(Draft, "plan", without_copies)
 
@@ -118,9 +118,9 @@ def hit_what_a_step_completes(monkeypatch: pytest.MonkeyPatch) -> None:
 def drop_swap_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = Draft.plan
 
-    def without_swap_ins(self: Any) -> StepPlan:
+    def without_swap_ins(self: Any, *args: Any) -> StepPlan:
         self.swap_ins.clear()
-        return plan(self)
+        return plan(self, *args)
 
     monkeypatch.setattr(Draft, "plan", without_swap_ins)
 
@@ -128,9 +128,9 @@ def drop_swap_ins(monkeypatch: pytest.MonkeyPatch) -> None:
 def drop_swap_outs(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = Draft.plan
 
-    def without_swap_outs(self: Any) -> StepPlan:
+    def without_swap_outs(self: Any, *args: Any) -> StepPlan:
         self.swap_outs.clear()
-        return plan(self)
+        return plan(self, *args)
 
     monkeypatch.setattr(Draft, "plan", without_swap_outs)
 

@@ -287,11 +287,22 @@ def test_a_plan_is_committed_once_with_a_token_for_each_row():
     assert plan is not None
     with pytest.raises(ValueError, match="1 rows, got 2 token ids"):
         scheduler.commit(plan, [0, 1])
-    with pytest.raises(AssertionError, match="committed or given up"):
-        scheduler.schedule()
-    scheduler.commit(plan, [0])
-    with pytest.raises(AssertionError, match="only once"):
-        scheduler.commit(plan, [0])
+    assert scheduler.commit(plan, [0])
+    assert scheduler.commit(plan, [0]) == []
+    check(scheduler)
+
+
+def test_of_a_plan_that_was_given_up_nothing_is_taken():
+    scheduler = make_scheduler()
+    request = make_request("a", 4)
+    scheduler.add(request)
+    plan = scheduler.schedule()
+    assert plan is not None
+    scheduler.recover()
+    assert scheduler.commit(plan, [0]) == []
+    check(scheduler)
+    run_to_end(scheduler)
+    assert_undisturbed(request.sequences[0], 70)
 
 
 def test_logprobs_are_kept_with_their_tokens_and_summed():

@@ -1,6 +1,8 @@
 """The scheduler under random use: every rule mixed, exceptions at any point, the same tokens."""
 
+import contextlib
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from jpaged.invariants import check
 from jpaged.outputs import Logprob
+from jpaged.plan import StepPlan
 from jpaged.requests import Request, Sequence
 from jpaged.scheduler import Scheduler
 from tests.host.scripted import (
@@ -18,6 +21,7 @@ from tests.host.scripted import (
     InjectedError,
     assert_request_undisturbed,
     assert_undisturbed,
+    bare_step,
     commit,
     interrupt,
     make_beams,
@@ -26,8 +30,11 @@ from tests.host.scripted import (
     run_to_end,
     scripted_tokens,
     step,
+    step_ahead,
 )
 
+Step = Callable[[Scheduler], StepPlan | None]
+STEPS = st.sampled_from([step, step_ahead])
 SALTS = st.sampled_from([None, None, "salt"])
 
 
@@ -97,21 +104,22 @@ class RandomUse(RuleBasedStateMachine):
         self.scheduler.add(request)
         self.requests.append(request)
 
-    @rule(num_steps=st.integers(1, 20))
-    def run(self, num_steps: int) -> None:
+    @rule(num_steps=st.integers(1, 20), step=STEPS)
+    def run(self, num_steps: int, step: Step) -> None:
         for _ in range(num_steps):
             step(self.scheduler)
 
     @precondition(lambda self: self.scheduler.num_running > 1)
-    @rule()
-    def run_until_one_is_preempted(self) -> None:
+    @rule(step=STEPS)
+    def run_until_one_is_preempted(self, step: Step) -> None:
         while (plan := step(self.scheduler)) is not None and not plan.preempted:
             pass
 
     @precondition(lambda self: self.scheduler.has_work)
-    @rule(after=st.integers(0, 3_000))
-    def run_with_an_exception_in_the_host(self, after: int) -> None:
-        interrupted_step(self.scheduler, after)
+    @rule(after=st.integers(0, 3_000), num_ahead=st.integers(0, 1))
+    def run_with_an_exception_in_the_host(self, after: int, num_ahead: int) -> None:
+        with contextlib.suppress(InjectedError), interrupt(after):
+            bare_step(self.scheduler, num_ahead=num_ahead)
         self.scheduler.recover()
 
     @precondition(lambda self: self.scheduler.has_work)
@@ -145,7 +153,8 @@ class RandomUse(RuleBasedStateMachine):
         assert plan is not None
         self.scheduler.abort(choice.choice(sorted(self.scheduler.requests)))
         check(self.scheduler, plan)
-        commit(self.scheduler, plan)
+        for plan in self.scheduler.in_flight:
+            commit(self.scheduler, plan)
 
     @rule()
     def reset_prefix_cache(self) -> None:
@@ -179,7 +188,7 @@ def test_five_thousand_random_steps_keep_every_promise():
         if rng.random() < 0.01:
             scheduler.schedule()
             scheduler.recover()
-        step(scheduler)
+        rng.choice([step, step_ahead])(scheduler)
     run_to_end(scheduler)
     assert_all_ended_well(requests)
     assert scheduler.counters.preemptions > 100
@@ -187,17 +196,18 @@ def test_five_thousand_random_steps_keep_every_promise():
     assert scheduler.counters.generated_tokens > 10_000
 
 
-def test_an_exception_at_any_bytecode_loses_no_token_and_no_block():
+@pytest.mark.parametrize("num_ahead", [0, 1])
+def test_an_exception_at_any_bytecode_loses_no_token_and_no_block(num_ahead: int):
     whole = make_small_scene()
     with interrupt(10**9) as count:
-        run_small_scene(whole)
+        run_small_scene(whole, num_ahead)
     assert whole[0].counters.preemptions > 0
     rng = random.Random(5)
-    for after in rng.sample(range(count[0]), 300):
+    for after in rng.sample(range(count[0]), 120):
         scheduler, requests = make_small_scene()
         try:
             with interrupt(after):
-                run_small_scene((scheduler, requests))
+                run_small_scene((scheduler, requests), num_ahead)
         except InjectedError:
             scheduler.recover()
         check(scheduler)
@@ -245,17 +255,6 @@ def test_a_recovery_cut_short_is_begun_again():
     assert_all_ended_well(requests)
 
 
-def interrupted_step(scheduler: Scheduler, after: int) -> None:
-    """A step that is cut short after so many bytecodes, if it has so many."""
-    try:
-        with interrupt(after):
-            plan = scheduler.schedule()
-            if plan is not None:
-                commit(scheduler, plan)
-    except InjectedError:
-        pass
-
-
 def random_request(rng: random.Random, name: str) -> Request:
     if rng.random() < 0.2:
         return make_beams(
@@ -289,11 +288,14 @@ def make_small_scene() -> tuple[Scheduler, list[Request]]:
     ]
 
 
-def run_small_scene(scene: tuple[Scheduler, list[Request]]) -> None:
+def run_small_scene(scene: tuple[Scheduler, list[Request]], num_ahead: int) -> None:
     scheduler, requests = scene
     for request in requests:
         scheduler.add(request)
-    while (plan := scheduler.schedule()) is not None:
+    while scheduler.has_work:
+        while len(scheduler.in_flight) <= num_ahead and scheduler.schedule() is not None:
+            pass
+        plan = scheduler.in_flight[0]
         token_ids = scripted_tokens(plan)
         scheduler.commit(plan, token_ids, [{token: Logprob(-float(token))} for token in token_ids])
 

@@ -78,8 +78,7 @@ def test_a_snapshot_of_a_planned_step_holds_what_the_step_will_write():
     scheduler.add(make_request("a", 11))
     plan = scheduler.schedule()
     assert plan is not None
-    assert take_snapshot(scheduler).tokens_held == 0
-    snapshot = take_snapshot(scheduler, plan)
+    snapshot = take_snapshot(scheduler)
     assert [b.num_tokens for b in snapshot.blocks if b.kind is BlockKind.USED] == [8, 3]
     assert snapshot.tables[0].num_computed_tokens == 11
     scheduler.commit(plan, scripted_tokens(plan))
