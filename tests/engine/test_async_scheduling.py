@@ -22,8 +22,8 @@ from tests.helpers import llm_over, make_prompt, tiny_engine
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 PROMPTS = [make_prompt(length, seed=length) for length in (11, 3, 26, 17)]
 PARAMS = [
-    SamplingParams(temperature=0, max_tokens=14),
-    SamplingParams(temperature=0.9, seed=4, n=2, max_tokens=17, logprobs=2),
+    SamplingParams(temperature=0, max_tokens=30, ignore_eos=True),
+    SamplingParams(temperature=0.9, seed=4, n=2, max_tokens=25, logprobs=2),
     SamplingParams(temperature=0.7, seed=5, top_p=0.9, max_tokens=9, frequency_penalty=1.5),
     SamplingParams(temperature=1.2, seed=6, max_tokens=20, stop_token_ids=[0, 9, 18, 27, 36, 45]),
 ]
