@@ -109,6 +109,7 @@ def _measure(
         attention_backend=options.attention_backend,
         enable_prefix_caching=False,  # every row's prompt is the same
         warm_up=False,  # one program is all that is run
+        async_scheduling=False,  # else it would go on computing in the baseline's turn
     ) as llm:
         baseline = Baseline(
             checkpoint.config,

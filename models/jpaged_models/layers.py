@@ -1,7 +1,7 @@
 """The parts that decoders share: attention over the pool, norms, rotary positions, MLPs, the head.
 
-Products accumulate in float32 and are cast where they are stored: a bfloat16 product without
-`preferred_element_type` is ten times slower on a CPU under JAX 0.10.
+Products accumulate in float32 and are cast where they are stored. On a CPU a bfloat16 product is
+ten times slower without `preferred_element_type` (JAX 0.10), and with a single row (to 0.12).
 """
 
 import math
@@ -19,8 +19,15 @@ from pallas_kernels import paged_attention, paged_decode, write_kv
 
 
 def product(equation: str, x: Float[Array, "..."], kernel: Float[Array, "..."]) -> Array:
-    """An einsum summed in float32 and stored in the activations' dtype."""
-    return jnp.einsum(equation, x, kernel, preferred_element_type=jnp.float32).astype(x.dtype)
+    """An einsum summed in float32 and stored in the activations' dtype; rows are x's first axis."""
+    return _product(equation, x, kernel).astype(x.dtype)
+
+
+def _product(equation: str, x: Float[Array, "..."], kernel: Float[Array, "..."]) -> Array:
+    rows = x.shape[0]
+    if rows == 1 and x.dtype != jnp.float32:
+        x = jnp.concatenate([x, jnp.zeros_like(x)])
+    return jnp.einsum(equation, x, kernel, preferred_element_type=jnp.float32)[:rows]
 
 
 def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: DTypeLike) -> nnx.Param:
@@ -191,7 +198,7 @@ def activation(name: str) -> Callable[[Array], Array]:
 
 def head_logits(hidden: Float[Array, "T D"], head: Float[Array, "V D"]) -> Float[Array, "T V"]:
     """Logits in float32, from an embedding or an untied head stored [V, D]."""
-    return jnp.einsum("TD,VD->TV", hidden, head, preferred_element_type=jnp.float32)
+    return _product("TD,VD->TV", hidden, head)
 
 
 def rotary_for(
