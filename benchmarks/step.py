@@ -1,11 +1,12 @@
 """One decode step of the paged engine against one of the unpaged baseline, at equal batch.
 
-python -m benchmarks.step [--batches 1 8 32] [--contexts 300 2000]
+python -m benchmarks.step [--batches 1 8 32] [--contexts 300 2000] [--roof]
 
 A paged step is the engine's whole step: plan, pack, run, fetch the tokens, commit them. An unpaged
 step is the baseline's: run, fetch. Both attend to the same number of tokens in every row. Prompts
 are planned and given blocks but not computed, since a step's time does not depend on what the
-memory holds; the baseline's rows likewise start in the middle.
+memory holds; the baseline's rows likewise start in the middle. With --roof, beside each paged step
+stands what it costs at least on this machine (benchmarks/roof.py), measured just before it.
 """
 
 import argparse
@@ -24,11 +25,17 @@ from benchmarks import baseline_model
 from benchmarks.arguments import BLOCK_SIZES, at_least_one, repetition_penalty
 from benchmarks.baseline import Baseline
 from benchmarks.measure import CompileLog, OthersShare, provenance
+from benchmarks.roof import Weight, step_roof, weights_of
 from jpaged import LLM, SamplingParams
 from jpaged.engine import Engine
 from jpaged.requests import Request
-from jpaged_models import Checkpoint, open_checkpoint
+from jpaged_models import Checkpoint, load_decoder, open_checkpoint
 from pallas_kernels import choose_backend
+
+ROOF_HEADER = (
+    f" {'roof ms':>8} {'share':>6} {'products':>9} {'KV':>6} {'weights MB':>11} {'KV MB':>7} "
+    f"{'GFLOP':>7}"
+)
 
 
 def main() -> None:
@@ -37,21 +44,20 @@ def main() -> None:
     compiles = CompileLog()
     checkpoint = open_checkpoint(options.model)
     params = baseline_model.load_params(checkpoint, dtype=options.dtype)
+    weights = None
+    if options.roof:
+        weights = weights_of(load_decoder(checkpoint, dtype=jnp.dtype(options.dtype)))
     results = []
     print(
         f"{'batch':>5} {'context':>8} {'paged ms':>9} {'unpaged ms':>11} {'ratio':>6} "
-        f"{'of minima':>10} {'others':>7}"
+        f"{'of minima':>10} {'others':>7}" + (ROOF_HEADER if options.roof else "")
     )
     for batch in options.batches:
         for result in _measure(options, checkpoint, params, batch, compiles):
+            if weights is not None:
+                result["roof"] = _roof(weights, result)
             results.append(result)
-            share = result["others_share"]
-            print(
-                f"{batch:5} {result['context']:8} {result['paged_ms']:9.1f} "
-                f"{result['unpaged_ms']:11.1f} {result['ratio']:6.2f} "
-                f"{result['ratio_of_minima']:10.2f} " + ("" if share is None else f"{share:7.0%}"),
-                flush=True,
-            )
+            print(_line(result), flush=True)
     backend = choose_backend(options.attention_backend, jax.devices()[0].platform)
     report = {
         "benchmark": "step",
@@ -82,9 +88,27 @@ def _options() -> argparse.Namespace:
         default=1.0,
         help="of the paged side's rows; other than 1, its step also bends the logits",
     )
+    add("--roof", action="store_true", help="also what the paged step costs at least")
     add("--rounds", type=at_least_one, default=5, help="the two sides take turns")
     add("--steps", type=at_least_one, default=8, help="steps of a turn")
     return parser.parse_args()
+
+
+def _line(result: dict) -> str:
+    share = result["others_share"]
+    line = (
+        f"{result['batch']:5} {result['context']:8} {result['paged_ms']:9.1f} "
+        f"{result['unpaged_ms']:11.1f} {result['ratio']:6.2f} {result['ratio_of_minima']:10.2f} "
+        + (7 * " " if share is None else f"{share:7.0%}")
+    )
+    if "roof" in result:
+        roof = result["roof"]
+        line += (
+            f" {roof['ms']:8.1f} {roof['share']:6.0%} {roof['products_ms']:9.1f} "
+            f"{roof['kv_ms']:6.1f} {roof['weight_bytes'] / 1e6:11.0f} "
+            f"{roof['kv_bytes'] / 1e6:7.0f} {roof['flops'] / 1e9:7.1f}"
+        )
+    return line
 
 
 def _measure(
@@ -116,8 +140,10 @@ def _measure(
             params,
             num_rows=batch,
             reserved=longest,
-            cache_dtype=jax.tree.leaves(llm.engine.runner.pool)[0].dtype,
+            cache_dtype=llm.engine.runner.pool[0].dtype,
         )
+        pool = jax.tree.leaves(llm.engine.runner.pool)
+        slots = llm.stats().num_blocks * options.block_size
         results = []
         for context in options.contexts:
             # Halfway through, the rows attend to `context` tokens.
@@ -134,7 +160,9 @@ def _measure(
             assert not compiles.events, "a step compiled while it was timed"
             held = [step() for step in sides]
             assert held == [start + num_steps + 2] * 2, f"rows hold {held} tokens, from {start} on"
-            results.append(_result(batch, context, *seconds, others_share))
+            result = _result(batch, context, *seconds, others_share)
+            result["kv_bytes"] = batch * context * sum(leaf.nbytes for leaf in pool) // slots
+            results.append(result)
     return results
 
 
@@ -172,6 +200,16 @@ def _result(
         "unpaged_min_ms": round(min(unpaged) * 1e3, 2),
         "ratio_of_minima": round(min(paged) / min(unpaged), 3),
         "others_share": others_share,
+    }
+
+
+def _roof(weights: list[Weight], result: dict) -> dict:
+    """What the step costs at least, and the share of it in what the best step took."""
+    roof = step_roof(weights, rows=result["batch"], kv_bytes=result["kv_bytes"])
+    return {
+        **dataclasses.asdict(roof),
+        "ms": roof.ms,
+        "share": roof.ms / result["paged_min_ms"],
     }
 
 

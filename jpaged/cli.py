@@ -45,6 +45,7 @@ _LLM_OPTIONS = (
     "max_model_len",
     "max_waiting",
     "enable_prefix_caching",
+    "async_scheduling",
     "attention_backend",
 )
 
@@ -53,7 +54,7 @@ def main(arguments: SequenceOf[str] | None = None) -> int:
     """Runs one command; its exit status."""
     args = parse(arguments)
     try:
-        {"generate": _generate, "demo": _demo}[args.command](args)
+        {"generate": _generate, "demo": _demo, "warmup": _warm_up}[args.command](args)
         sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
@@ -108,6 +109,19 @@ def _demo(args: argparse.Namespace) -> None:
             print(f"> {question}\n{output.text.strip()}\n")
         print(_figures(llm, len(outputs), seconds))
         print(f"model: {llm.model_source}")
+
+
+def _warm_up(args: argparse.Namespace) -> None:
+    start = time.perf_counter()
+    with _open_llm(args, warm_up=True) as llm:
+        import jax
+
+        seconds = time.perf_counter() - start
+        folder = jax.config.values["jax_compilation_cache_dir"]
+        print(
+            f"{llm.model_source}: {llm.stats().compiles} programs in {seconds:.1f} s, loading "
+            "included; " + (f"kept in {folder}" if folder else "kept nowhere")
+        )
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:

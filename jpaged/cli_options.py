@@ -1,4 +1,4 @@
-"""What the command line takes: the options of `jpaged generate` and `jpaged demo`."""
+"""What the command line takes: the options of `jpaged generate`, `demo` and `warmup`."""
 
 import argparse
 from collections.abc import Sequence as SequenceOf
@@ -7,6 +7,10 @@ from typing import Any
 import jpaged
 
 MAX_TOKENS = 128  # the API's 16 is for a caller who looks at the first words only
+
+_MODEL_HELP = (
+    "a directory in Hugging Face's layout, a .gguf file or a hub id (SmolLM2-135M-Instruct)"
+)
 
 _EXAMPLES = """\
 examples:
@@ -64,6 +68,18 @@ def _parser() -> argparse.ArgumentParser:
         "--max-tokens", type=int, metavar="N", help="at most so many tokens an answer"
     )
     demo.set_defaults(parser=demo)
+    warmup = commands.add_parser(
+        "warmup",
+        help="compile a model's programs ahead, into the cache",
+        description="Compiles what a model's engine will run and keeps it, so that the next start "
+        "with the same options finds it: programs depend on the model's shapes, on most options "
+        "below, on the device and on the versions of JAX and jpaged.",
+        allow_abbrev=False,
+    )
+    warmup.add_argument("model", nargs="?", metavar="MODEL", help=_MODEL_HELP)
+    _add_revision(warmup)
+    _add_engine(warmup)
+    warmup.set_defaults(parser=warmup)
     return parser
 
 
@@ -130,12 +146,11 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model",
-        metavar="MODEL",
-        help="a directory in Hugging Face's layout, a .gguf file or a hub id "
-        "(SmolLM2-135M-Instruct)",
-    )
+    group.add_argument("--model", metavar="MODEL", help=_MODEL_HELP)
+    _add_revision(group)
+
+
+def _add_revision(group: argparse._ActionsContainer) -> None:
     group.add_argument("--revision", metavar="REV", help="branch, tag or commit on the hub")
     group.add_argument(
         "--dtype",
@@ -164,6 +179,13 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         default=None,
         help="prompts that begin alike share nothing",
+    )
+    group.add_argument(
+        "--no-async-scheduling",
+        dest="async_scheduling",
+        action="store_false",
+        default=None,
+        help="plan no step while another one runs",
     )
     add(
         "--attention-backend",

@@ -1,0 +1,28 @@
+"""What a step costs at least: the bytes and operations that are counted, by hand."""
+
+import jax.numpy as jnp
+import pytest
+
+from benchmarks.roof import step_roof, weights_of
+from tests.helpers import tiny_config, tiny_decoder
+
+
+def test_every_matrix_counts_once_and_nothing_else_does():
+    config = tiny_config()
+    D, K, G, H = config.hidden_size, config.num_kv_heads, config.group_size, config.head_size
+    F, V, L = config.intermediate_size, config.vocab_size, config.num_layers
+    weights = weights_of(tiny_decoder(seed=1))
+    per_layer = D * K * (G + 2) * H + K * G * H * D + D * 2 * F + F * D
+    assert sum(weight.matrix.size for weight in weights) == L * per_layer + V * D
+    roof = step_roof(weights, rows=5, kv_bytes=1000)
+    assert roof.weight_bytes == 4 * (L * per_layer + V * D)
+    assert roof.flops == 2 * 5 * (L * per_layer + V * D)
+    assert roof.ms == pytest.approx(roof.products_ms + roof.kv_ms)
+    assert min(roof.products_ms, roof.kv_ms) > 0
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_products_of_either_width_run(rows: int):
+    weights = weights_of(tiny_decoder(seed=1))
+    narrow = [weight._replace(matrix=weight.matrix.astype(jnp.bfloat16)) for weight in weights]
+    assert step_roof(narrow, rows=rows, kv_bytes=0).products_ms > 0
