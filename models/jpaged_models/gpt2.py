@@ -16,13 +16,14 @@ from jpaged_models.layers import (
     LayerNorm,
     head_logits,
     parameter,
+    run_layer,
 )
 
 
 class GPT2Layer(nnx.Module):
     """Attention and an MLP, each normalised before and added to the residual."""
 
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs | None) -> None:
         D = config.hidden_size
         self.attention_norm = LayerNorm(D, eps=config.norm_eps, dtype=dtype)
         self.attention = Attention(config, dtype=dtype, rngs=rngs)
@@ -48,7 +49,7 @@ class GPT2Layer(nnx.Module):
 class GPT2(nnx.Module):
     """A decoder with learned positions and a tied head."""
 
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs | None) -> None:
         V, D = config.vocab_size, config.hidden_size
         self.embedding = parameter(rngs, (V, D), dtype)
         self.positions = parameter(rngs, (config.max_position_embeddings, D), dtype)
@@ -69,7 +70,7 @@ class GPT2(nnx.Module):
         x += jnp.take(self.positions[...], positions_T, axis=0)
         written = []
         for layer, pool, window in zip(self.layers, pools, self.config.layer_windows, strict=True):
-            x, new_pool = layer(x, pool, context, window=window)
+            x, new_pool = run_layer(layer, x, pool, context, window=window)
             written.append(new_pool)
         return self.norm(x), tuple(written)
 

@@ -17,13 +17,14 @@ from jpaged_models.layers import (
     head_logits,
     parameter,
     rotary_for,
+    run_layer,
 )
 
 
 class LlamaLayer(nnx.Module):
     """Attention and a gated MLP, each normalised before and added to the residual."""
 
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs | None) -> None:
         D = config.hidden_size
         self.attention_norm = RMSNorm(D, eps=config.norm_eps, dtype=dtype)
         self.attention = Attention(config, dtype=dtype, rngs=rngs)
@@ -50,7 +51,7 @@ class LlamaLayer(nnx.Module):
 class Llama(nnx.Module):
     """A decoder with RMSNorm, rotary positions, grouped-query attention and SwiGLU."""
 
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs | None) -> None:
         V, D = config.vocab_size, config.hidden_size
         self.embedding = parameter(rngs, (V, D), dtype)
         self.layers = nnx.List(
@@ -76,7 +77,7 @@ class Llama(nnx.Module):
         )
         written = []
         for layer, pool, window in zip(self.layers, pools, config.layer_windows, strict=True):
-            x, new_pool = layer(x, pool, context, rotary=rotary, window=window)
+            x, new_pool = run_layer(layer, x, pool, context, rotary=rotary, window=window)
             written.append(new_pool)
         return self.norm(x), tuple(written)
 

@@ -54,7 +54,7 @@ FAMILIES: dict[str, Family] = {
 def abstract_decoder(config: ModelConfig, *, dtype: DTypeLike) -> Decoder:
     """A decoder whose parameters are shapes: to load into, or to compile without weights."""
     module = FAMILIES[config.architecture].module
-    return cast(Decoder, nnx.eval_shape(lambda: module(config, dtype=dtype, rngs=nnx.Rngs(0))))
+    return cast(Decoder, nnx.eval_shape(lambda: module(config, dtype=dtype, rngs=None)))
 
 
 def random_decoder(config: ModelConfig, *, dtype: DTypeLike, seed: int) -> Decoder:
