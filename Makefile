@@ -1,6 +1,7 @@
 # Everything here works from a clean clone with Python 3.11 or later and make.
+GPU_PYTHON := $(or $(PYTHON),python3)
 PYTHON ?= python3.11
-VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 VENV ?= .venv-$(VERSION)
 # Apart from the one that people use: libtpu, which the tests compile with, greets every start of
 # Python that sees it.
@@ -41,10 +42,11 @@ test-parity: $(PARITY_VENV)/installed
 	@echo "== parity with Transformers"
 	$(PARITY_VENV)/bin/python -m pytest -q -m parity tests
 
-# With the Python as it is: such a machine has a JAX that fits its driver. ARGS="--parts decode ..."
+# With the machine's own Python, python3 if PYTHON names no other: it has a JAX that fits its driver.
+# ARGS="--parts decode ..."
 gpu-check: JAX_PLATFORMS = cuda,cpu
 gpu-check:
-	PYTHONPATH=.:models:$(PYTHONPATH) $(PYTHON) -m benchmarks.gpu_check $(ARGS)
+	PYTHONPATH=.:models:$(PYTHONPATH) $(GPU_PYTHON) -m benchmarks.gpu_check $(ARGS)
 
 # The plugins' version must be that of jax, which no extra can say. XLA also wants the assembler.
 gpu-aot: $(DEV_VENV)/installed

@@ -2,36 +2,51 @@
 
 python -m benchmarks.gpu_check [--parts correctness decode ...] [--budget SECONDS] [--resume]
 
-Each part runs in a process of its own under a time limit; a part that is cut short keeps what it
-had found. The results file is written after every part, so that an interrupted check goes on with
---resume. Exits with 1 where a part failed or found something wrong, with 3 where one was cut short.
+Each part runs in a process of its own under a time limit. One that exceeds its own limit hangs, and
+the check says in what; one that the budget ends is cut short, and one that gets no time is not
+begun. The results file is written after every part, and a result stays in it, with its origin,
+until there is another of its name: --resume leaves out what the file has of the same commit, GPU,
+JAX, backend and scale, and measures all other results anew. Exits with 1 where a part failed, found
+something wrong or found nothing, with 3 where time was short.
 """
 
 import argparse
-import contextlib
-import json
-import os
+import hashlib
+import importlib.metadata
 import pathlib
 import re
 import secrets
+import signal
 import subprocess
 import sys
-import tempfile
 import time
 from typing import Any
 
+from benchmarks.gpu.processes import PartProcess
+from benchmarks.gpu.reports import (
+    UNKNOWN,
+    collect_drafts,
+    draft_path,
+    is_same,
+    merge,
+    read_report,
+    results_of,
+    write_report,
+)
 from benchmarks.gpu.table import part_lines
 
-# In order, each with the seconds it may take: what others need comes first.
+# In order, each with the seconds it may take: what others need comes first, and what is new on any
+# GPU after what is known to run; peers are not ours.
 LIMITS = {
-    "correctness": 110,
+    "correctness": 150,
     "ceiling": 25,
     "decode": 150,
     "prefill": 85,
     "writes": 40,
     "parity": 110,
-    "step": 75,
+    "step": 90,
     "throughput": 75,
+    "mosaic": 150,
     "peers": 75,
     "torch_peers": 90,
     "profile": 60,
@@ -39,34 +54,77 @@ LIMITS = {
 }
 NOT_BY_DEFAULT = ("profile", "candidates")
 UNTIMED = ("correctness", "parity")
+BUDGET_S = 510  # with its start and end, less than the ten minutes that a command often has
+LEAST_S = 10  # with less a part is not begun
 BACKEND_HELP = "the kernels under test; on Hopper pallas-gpu brings mosaic-gpu with it"
 RESULTS = pathlib.Path(__file__).parent / "results"
+PROBE = "import flax, jax; print(jax.devices()[0].platform)"
+PROBE_S = 90  # far more than a sound driver takes
+TERMINATED = 128 + signal.SIGTERM
 
 
 def main() -> None:
     """Runs the parts, prints a table last."""
     options = _options()
-    machine = _machine()
-    path = pathlib.Path(options.out) if options.out else _default_path(machine)
-    report = _start_report(options, machine, path)
-    parts = [part for part in options.parts if not _is_done(report, part, options)]
     deadline = time.monotonic() + options.budget
-    groups = _groups(parts)
-    with tempfile.TemporaryDirectory() as folder:
-        waiting = _start(groups[:1], folder)
-        for index, group in enumerate(groups):
-            workers, waiting = waiting, _start(groups[index + 1 : index + 2], folder)
-            for worker in workers:
-                worker.go(_settings(options, report))
-            started = time.monotonic()
-            for part, worker in zip(group, workers, strict=True):
-                end = min(started + (options.limit or LIMITS[part]), deadline)
-                origin = {"commit": report["commit"], "date": report["date"]}
-                report["parts"][part] = origin | worker.result(end)
-                _write(path, report)
-                print(part_lines(part, report["parts"][part])[0], flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    if options.scale != "toy" and (reason := _missing_here()):
+        sys.exit(reason)
+    machine = _machine()
+    path = pathlib.Path(options.out) if options.out else _default_path(machine, options.scale)
+    head = _head(options, machine)
+    report = read_report(path, head)
+    origins = {part: _origin(part, head, options) for part in options.parts}
+    parts = [part for part in options.parts if not _is_done(report, origins[part], part, options)]
+    skipped = _run(_groups(parts), origins, options, report, path, deadline)
     _print_table(report, path)
-    sys.exit(_exit_status(report, options.parts))
+    if skipped:
+        print(f"== no time for {', '.join(skipped)}: go on with --resume, or raise --budget")
+    sys.exit(_exit_status(report, origins, skipped))
+
+
+def _run(
+    groups: list[list[str]],
+    origins: dict[str, dict],
+    options: argparse.Namespace,
+    report: dict,
+    path: pathlib.Path,
+    deadline: float,
+) -> list[str]:
+    """Runs the groups in order while there is time; the parts for which there was none.
+
+    Whatever ends it, no process is left behind, and what parts had found is in the file.
+    """
+    workers, waiting = [], _start(groups[:1], path)
+    try:
+        for index in range(len(groups)):
+            if deadline - time.monotonic() < LEAST_S:
+                return [part for later in groups[index:] for part in later]
+            workers, waiting = waiting, _start(groups[index + 1 : index + 2], path)
+            for worker in workers:
+                worker.go(_settings(worker.part, origins[worker.part], options, report))
+            for worker in workers:
+                limit = options.limit or LIMITS[worker.part]
+                _add(worker, worker.result(limit, deadline), origins[worker.part], options, report)
+                write_report(path, report)
+                print(part_lines(worker.part, report["parts"][worker.part])[0], flush=True)
+    finally:
+        for worker in (*workers, *waiting):
+            worker.kill()
+        collect_drafts(path, report)
+        write_report(path, report)
+    return []
+
+
+def _add(
+    worker: PartProcess, found: dict, origin: dict, options: argparse.Namespace, report: dict
+) -> None:
+    """Merges what the part has found; that must be something."""
+    merge(report, worker.part, {"origin": origin, **found})
+    merged = report["parts"][worker.part]
+    if merged["status"] == "done" and not results_of(merged, origin):
+        why = "" if options.only is None else f": no name in it contains --only {options.only!r}"
+        merged |= {"status": "failed", "error": f"it has no results{why}"}
 
 
 def _options() -> argparse.Namespace:
@@ -78,14 +136,19 @@ def _options() -> argparse.Namespace:
     add = parser.add_argument
     default = [part for part in LIMITS if part not in NOT_BY_DEFAULT]
     add("--parts", nargs="+", default=default, metavar="PART", help=f"of {' '.join(LIMITS)}")
-    add("--budget", type=float, default=600, help="seconds in all; what does not fit is cut short")
+    add(
+        "--budget",
+        type=float,
+        default=BUDGET_S,
+        help="seconds in all; what does not fit is cut short",
+    )
     add("--limit", type=float, help="seconds a part, in place of its own limit")
     add("--backend", default="pallas-gpu", help=BACKEND_HELP)
     add("--candidates", metavar="FILE", nargs="+", default=[], help="other configurations to time")
     add("--only", metavar="TEXT", help="attention at the shapes whose name contains it")
-    add("--resume", action="store_true", help="leave out the parts that the results file has done")
+    add("--resume", action="store_true", help="leave out what the results file has of the same")
     add("--out", metavar="FILE.json", help="by default benchmarks/results/<date>-<device>.json")
-    add("--commit", help="of the code, where git cannot tell")
+    add("--commit", help="of the code, where git cannot tell; without it nothing is of the same")
     add("--seed", type=int, default=secrets.randbelow(2**16), help="by default another every time")
     add("--scale", choices=["full", "toy"], default="full", help="toy: tries the harness, on a CPU")
     options = parser.parse_args()
@@ -105,53 +168,19 @@ def _groups(parts: list[str]) -> list[list[str]]:
     return [together, *groups] if together else groups
 
 
-def _start(groups: list[list[str]], folder: str) -> list["_Worker"]:
-    is_shared = any(len(group) > 1 for group in groups)
-    return [_Worker(part, pathlib.Path(folder), is_shared) for group in groups for part in group]
+def _start(groups: list[list[str]], path: pathlib.Path) -> list[PartProcess]:
+    return [
+        PartProcess(part, draft_path(path, part), is_shared=len(group) > 1)
+        for group in groups
+        for part in group
+    ]
 
 
-class _Worker:
-    """A part's process, started ahead: it imports and waits for its settings."""
-
-    def __init__(self, part: str, folder: pathlib.Path, is_shared: bool) -> None:
-        self.path = folder / f"{part}.json"
-        command = [sys.executable, "-m", "benchmarks.gpu.worker", part, str(self.path)]
-        # Processes that share a device must not each take most of its memory at once.
-        shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if is_shared else {}
-        environment = {**os.environ, **shared}
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=environment)
-
-    def go(self, settings: dict) -> None:
-        """Lets the part begin."""
-        assert self.process.stdin is not None, "it was started with a pipe"
-        with contextlib.suppress(BrokenPipeError):  # it died; its status says so
-            self.process.stdin.write(json.dumps(settings) + "\n")
-            self.process.stdin.close()
-
-    def result(self, end: float) -> dict:
-        """What the part has found when it is over, or at the time `end`, when it is killed."""
-        timed_out = False
-        try:
-            self.process.wait(max(0.0, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            timed_out = True
-        finally:
-            self.process.kill()
-            code = self.process.wait()
-        report: dict[str, Any] = {"results": {}}
-        if self.path.exists():
-            report = json.loads(self.path.read_text())
-        if timed_out:
-            report["status"] = "cut short"
-        elif code:
-            report["status"] = "failed"
-            report.setdefault("error", f"exit status {code}")
-        return report
-
-
-def _settings(options: argparse.Namespace, report: dict) -> dict:
+def _settings(part: str, origin: dict, options: argparse.Namespace, report: dict) -> dict:
     ceiling = report["parts"].get("ceiling", {}).get("results", {})
     reads = [found["gbps"] for name, found in ceiling.items() if name.startswith("read")]
+    is_known = options.resume and origin["commit"] != UNKNOWN
+    known = results_of(report["parts"].get(part), origin) if is_known else {}
     return {
         "backend": options.backend,
         "scale": options.scale,
@@ -159,7 +188,29 @@ def _settings(options: argparse.Namespace, report: dict) -> dict:
         "candidates": options.candidates,
         "only": options.only,
         "read_gbps": max(reads, default=None),
+        "known": list(known),
+        "origin": origin,
     }
+
+
+def _missing_here() -> str | None:
+    """Why this Python cannot run the check, or None."""
+    command = [sys.executable, "-c", PROBE]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_S, check=False)
+    except subprocess.TimeoutExpired:
+        found = f"it finds no device within {PROBE_S} s"
+    else:
+        said = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
+        last = said[-1] if said else f"exit status {done.returncode}"
+        if done.returncode == 0 and last == "gpu":
+            return None
+        found = f"its JAX has a {last} alone" if done.returncode == 0 else f"it says {last!r}"
+    return (
+        f"gpu_check needs a Python whose JAX has a CUDA device, and flax. Of {sys.executable}: "
+        f"{found}. Name another one (make gpu-check PYTHON=...), or install 'jax[cuda13]' and "
+        "flax in it"
+    )
 
 
 def _machine() -> dict[str, str]:
@@ -182,33 +233,55 @@ def _output(command: list[str]) -> str | None:
     return done.stdout.strip() or None if done.returncode == 0 else None
 
 
-def _default_path(machine: dict[str, str]) -> pathlib.Path:
+def _default_path(machine: dict[str, str], scale: str) -> pathlib.Path:
     device = re.sub(r"[^a-z0-9]+", "-", machine["gpu"].lower()).strip("-")
-    return RESULTS / f"{time.strftime('%Y-%m-%d')}-{device}.json"
+    toy = "-toy" if scale == "toy" else ""
+    return RESULTS / f"{time.strftime('%Y-%m-%d')}-{device}{toy}.json"
 
 
-def _start_report(options: argparse.Namespace, machine: dict[str, str], path: pathlib.Path) -> dict:
-    commit = options.commit or _output(["git", "describe", "--always", "--dirty", "--abbrev=12"])
-    head = {
+def _head(options: argparse.Namespace, machine: dict[str, str]) -> dict[str, Any]:
+    return {
         "benchmark": "gpu_check",
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "commit": commit or "unknown",
+        "commit": options.commit or _commit(),
         "machine": machine,
         "command": " ".join(["python", "-m", "benchmarks.gpu_check", *sys.argv[1:]]),
     }
-    parts = {}
-    if path.exists():  # what is not measured again stays, under its own date and commit
-        parts = json.loads(path.read_text())["parts"]
-    return {**head, "parts": parts}
 
 
-def _is_done(report: dict, part: str, options: argparse.Namespace) -> bool:
-    return options.resume and report["parts"].get(part, {}).get("status") == "done"
+def _commit() -> str:
+    """Of the code here; changes to it have a name of their own, which is the same if they are."""
+    commit = _output(["git", "describe", "--always", "--exclude=*", "--abbrev=12"])
+    if commit is None:
+        return UNKNOWN
+    code = ["*.py", "*.cc", "pallas_kernels/*.json"]
+    changes = _output(["git", "diff", "HEAD", "--", *code])
+    if changes is None:
+        return commit
+    return f"{commit}-dirty-{hashlib.sha256(changes.encode()).hexdigest()[:8]}"
 
 
-def _write(path: pathlib.Path, report: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
+def _origin(part: str, head: dict, options: argparse.Namespace) -> dict[str, str]:
+    """Of what the part's results will be."""
+    origin = {
+        "commit": head["commit"],
+        "date": head["date"],
+        "gpu": head["machine"]["gpu"],
+        "jax": importlib.metadata.version("jax"),
+        "backend": options.backend,
+        "scale": options.scale,
+    }
+    if part == "candidates":
+        origin["candidates"] = " ".join(options.candidates)
+    return origin
+
+
+def _is_done(report: dict, origin: dict, part: str, options: argparse.Namespace) -> bool:
+    """Whether there is nothing of the part left to be found."""
+    found = report["parts"].get(part)
+    if not options.resume or found is None or found["status"] != "done":
+        return False
+    return is_same(found["origin"], origin) and found["settings"]["only"] == options.only
 
 
 def _print_table(report: dict, path: pathlib.Path) -> None:
@@ -225,15 +298,18 @@ def _print_table(report: dict, path: pathlib.Path) -> None:
     print(f"== {states}\n== {len(wrong)} wrong {wrong[:10] or ''}")
 
 
-def _exit_status(report: dict, parts: list[str]) -> int:
-    found = [report["parts"].get(part, {"status": "missing", "results": {}}) for part in parts]
-    if any(one["status"] == "failed" or not _all_ok(one) for one in found):
+def _exit_status(report: dict, origins: dict[str, dict], skipped: list[str]) -> int:
+    """Of the parts that were asked for, and of results that are of the same as this run."""
+    begun = {part: report["parts"][part] for part in origins if part not in skipped}
+    results = [
+        result
+        for part, found in begun.items()
+        for result in results_of(found, origins[part]).values()
+    ]
+    states = [found["status"] for found in begun.values()]
+    if "failed" in states or not all(result.get("ok", True) for result in results):
         return 1
-    return 0 if all(one["status"] == "done" for one in found) else 3
-
-
-def _all_ok(found: dict) -> bool:
-    return all(result.get("ok", True) for result in found["results"].values())
+    return 3 if skipped or "cut short" in states else 0
 
 
 if __name__ == "__main__":

@@ -3,10 +3,11 @@
     PYTHONPATH=.:models python -m benchmarks.gpu_static [--chips sm_80 ...] [--calls decode ...]
         [--heads 9/3/64 ...] [--out FILE.json]
 
-Each row is a kernel as it is cut by default, in blocks of 16, and what the compiler for that chip
-makes of it: registers and spilled bytes are a thread's, shared memory a program's, and `resident`
-is how many programs one processor runs at a time. Every option is a window, a soft cap and sinks.
-Nothing is measured. A test compiles the rows anew and compares.
+Each row is a kernel (of Triton's: attention, copies of blocks, a write of new K and V) as it is cut
+by default, in blocks of 16, and what the compiler for that chip makes of it: registers and spilled
+bytes are a thread's, shared memory a program's, and `resident` is how many programs one processor
+runs at a time. Every option is a window, a soft cap and sinks. Nothing is measured. A test compiles
+the rows anew and compares.
 """
 
 import argparse

@@ -55,6 +55,7 @@ def build_engine(options: Options) -> BuiltEngine:
             block_size=limits.block_size,
             dtype=pool_dtype,
             head_size=config.head_size,
+            queries_per_head=config.group_size,
         )
         size = block_bytes(config, block_size=limits.block_size, dtype=pool_dtype, backend=backend)
         num_swap_blocks = swap_blocks(options.swap_space, size=size)

@@ -6,11 +6,12 @@ import logging
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from pallas_kernels.cpu import attention as cpu
 from pallas_kernels.cpu.build import BuildError
+from pallas_kernels.gpu import common as gpu
+from pallas_kernels.gpu.device import as_number
 from pallas_kernels.gpu.mosaic import limits as mosaic
 from pallas_kernels.tpu import device as tpu
 
@@ -30,9 +31,13 @@ class Backend(enum.Enum):
     MOSAIC_GPU = "mosaic-gpu"  # for Hopper alone, through Mosaic where `pallas-gpu` is Triton
     MOSAIC_GPU_INTERPRET = "mosaic-gpu-interpret"  # the same simulated, for tests
 
+    @property
+    def is_interpreted(self) -> bool:
+        """Whether it is a simulation of kernels for another device."""
+        return self.value.endswith("-interpret")
+
 
 OLD_TPUS = ("TPU v2", "TPU v3")  # with too few semaphores for the copies on their way
-MIN_FLOAT8_CAPABILITY = 8.9  # Triton converts from float8_e4m3fn on none below
 MIN_CAPABILITY = 8.0  # of a GPU: XLA compiles no Triton below
 TPU_BACKENDS = (Backend.PALLAS_TPU, Backend.PALLAS_TPU_INTERPRET)
 GPU_BACKENDS = (Backend.PALLAS_GPU, Backend.PALLAS_GPU_INTERPRET)
@@ -89,19 +94,22 @@ def choose_backend(name: str, platform: str) -> Backend:
     return backend
 
 
-def check_pool_of(backend: Backend, *, block_size: int, dtype: DTypeLike, head_size: int) -> None:
-    """Raises ValueError where the backend takes no such pool, before there is one."""
+def check_pool_of(
+    backend: Backend,
+    *,
+    block_size: int,
+    dtype: DTypeLike,
+    head_size: int,
+    queries_per_head: int = 1,
+) -> None:
+    """Raises ValueError where the backend takes no such pool or queries, before there are any."""
     if backend in TPU_BACKENDS:
         tpu.check_pool(block_size, dtype)
     if backend in MOSAIC_BACKENDS:
         mosaic.check_pool(block_size=block_size, dtype=dtype, head_size=head_size)
-    if backend is Backend.PALLAS_GPU and jnp.dtype(dtype) == jnp.float8_e4m3fn:
-        capability = _capability(jax.devices()[0])
-        if capability < MIN_FLOAT8_CAPABILITY:
-            raise ValueError(
-                f"a pool of float8_e4m3fn needs compute capability {MIN_FLOAT8_CAPABILITY}, this "
-                f"GPU has {capability}; take int8, or use `xla`"
-            )
+        mosaic.check_group(queries_per_head)
+    if backend is Backend.PALLAS_GPU:
+        gpu.check_capability(dtype, _capability(jax.devices()[0]))
 
 
 def _unfit(backend: Backend) -> str | None:
@@ -111,10 +119,9 @@ def _unfit(backend: Backend) -> str | None:
         kind = device.device_kind
         return f"they need a TPU v4 or later, this is a {kind}" if kind in OLD_TPUS else None
     if backend in MOSAIC_BACKENDS:
-        interpreted = backend is Backend.MOSAIC_GPU_INTERPRET
-        if reason := mosaic.missing_jax(interpreted=interpreted):
+        if reason := mosaic.missing_jax(interpreted=backend.is_interpreted):
             return reason
-        if not interpreted and _capability(device) != mosaic.HOPPER:
+        if not backend.is_interpreted and _capability(device) != mosaic.HOPPER:
             return _needs_capability(f"{mosaic.HOPPER} (Hopper)", device)
     if backend is Backend.PALLAS_GPU and _capability(device) < MIN_CAPABILITY:
         return _needs_capability(str(MIN_CAPABILITY), device)
@@ -122,11 +129,8 @@ def _unfit(backend: Backend) -> str | None:
 
 
 def _capability(device: Any) -> float:
-    """A GPU's compute capability; 0 where it has none, as AMD's, which are names."""
-    try:
-        return float(getattr(device, "compute_capability", 0))
-    except ValueError:
-        return 0.0
+    """A GPU's compute capability; 0 where it has none."""
+    return as_number(getattr(device, "compute_capability", None)) or 0.0
 
 
 def _needs_capability(needed: str, device: Any) -> str:

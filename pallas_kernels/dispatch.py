@@ -55,14 +55,12 @@ def paged_decode(
     check_attention(q, pool, **options)
     check_rows(q, block_tables, seq_lens)
     if backend in TPU_BACKENDS:
-        interpret = backend is Backend.PALLAS_TPU_INTERPRET
         return tpu_decode.paged_decode(
-            q, pool, block_tables, seq_lens, interpret=interpret, **options
+            q, pool, block_tables, seq_lens, interpret=backend.is_interpreted, **options
         )
     if backend in GPU_BACKENDS:
-        interpret = backend is Backend.PALLAS_GPU_INTERPRET
         return gpu_decode.paged_decode(
-            q, pool, block_tables, seq_lens, interpret=interpret, **options
+            q, pool, block_tables, seq_lens, interpret=backend.is_interpreted, **options
         )
     if backend in MOSAIC_BACKENDS:
         return _mosaic("paged_decode", backend, q, pool)(q, pool, block_tables, seq_lens, **options)
@@ -101,11 +99,13 @@ def paged_attention(
     decode_lens = jnp.where(jnp.arange(B) < batch.num_decodes, batch.seq_lens, 0)
     decoded = paged_decode(q[:B], pool, batch.block_tables, decode_lens, backend=backend, **options)
     if backend in GPU_BACKENDS:
-        interpret = backend is Backend.PALLAS_GPU_INTERPRET
-        return gpu_ragged.paged_prefill(q, pool, batch, decoded, interpret=interpret, **options)
+        return gpu_ragged.paged_prefill(
+            q, pool, batch, decoded, interpret=backend.is_interpreted, **options
+        )
     if backend in TPU_BACKENDS:
-        interpret = backend is Backend.PALLAS_TPU_INTERPRET
-        return tpu_ragged.paged_prefill(q, pool, batch, decoded, interpret=interpret, **options)
+        return tpu_ragged.paged_prefill(
+            q, pool, batch, decoded, interpret=backend.is_interpreted, **options
+        )
     if backend in MOSAIC_BACKENDS:
         return _mosaic("paged_prefill", backend, q, pool)(q, pool, batch, decoded, **options)
     return xla.paged_prefill(q, pool, batch, decoded, **options)
@@ -132,8 +132,7 @@ def write_kv(
     else:
         kv = quantize(k, v, kv_scales, pool.dtype)
     if backend in TPU_BACKENDS:
-        interpret = backend is Backend.PALLAS_TPU_INTERPRET
-        return tpu_write.write_kv(pool, kv, slots, interpret=interpret)
+        return tpu_write.write_kv(pool, kv, slots, interpret=backend.is_interpreted)
     module = reference if backend is Backend.REFERENCE else xla
     return module.write_kv(pool, kv, slots)
 
@@ -150,8 +149,7 @@ def copy_blocks(
     They are done in order: a destination may have been the source of a copy before it.
     """
     if backend in (*GPU_BACKENDS, *MOSAIC_BACKENDS):
-        interpret = backend not in (Backend.PALLAS_GPU, Backend.MOSAIC_GPU)
-        return gpu_copy.copy_blocks(pools, copies, count, interpret=interpret)
+        return gpu_copy.copy_blocks(pools, copies, count, interpret=backend.is_interpreted)
     return xla.copy_blocks(pools, copies, count)
 
 
@@ -159,12 +157,12 @@ def _mosaic(
     job: str, backend: Backend, q: Float[Array, "T N H"], pool: Real[Array, "P K S W"]
 ) -> Callable[..., Any]:
     """A kernel that takes these arrays."""
-    mosaic_limits.check_arrays(q, pool)
+    mosaic_limits.check_arrays(q, pool, interpreted=backend.is_interpreted)
     # Not before it is asked for: an older JAX does not have what it imports.
     from pallas_kernels.gpu.mosaic import decode, prefill
 
     kernels = {"paged_decode": decode.paged_decode, "paged_prefill": prefill.paged_prefill}
-    return functools.partial(kernels[job], interpret=backend is Backend.MOSAIC_GPU_INTERPRET)
+    return functools.partial(kernels[job], interpret=backend.is_interpreted)
 
 
 def _given(**options: Any) -> dict[str, Any]:

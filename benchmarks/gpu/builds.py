@@ -10,11 +10,15 @@ import jax.numpy as jnp
 
 from pallas_kernels import PagedBatch, pool_shape
 from pallas_kernels.gpu import decode, ragged
+from pallas_kernels.gpu.copy import copy_blocks
 from pallas_kernels.gpu.tiles import DecodeConfig, choose_decode_config, default_decode_config
+from pallas_kernels.gpu.write import write_kv
 
 HEADS = [(32, 8, 128), (9, 3, 64), (14, 2, 64), (8, 2, 80), (7, 1, 96), (4, 1, 256)]
 # Each takes registers; all of them at once are the most a model asks for.
 OPTIONS = {"window": 1000, "soft_cap": 30.0}
+NUM_LAYERS = 30  # whose blocks are copied at once
+NUM_TOKENS = 64  # of a write
 
 Built = tuple[Callable[..., Any], tuple[Any, ...]]
 
@@ -111,6 +115,33 @@ def build_cut(
     cut = attention.config_class(**config) if config else traced(attention.choose, *arguments[:2])
     function, arguments = attention.build(**shape, **options, config=cut)
     return function, arguments, dataclasses.asdict(cut)
+
+
+def build_copies(
+    *, heads: tuple[int, int, int], dtype: str, pool_dtype: str | None = None
+) -> tuple[Any, ...]:
+    """Copies of blocks in the pools of a model of many layers; there is no cut to choose."""
+    pools = tuple(_pool(heads, pool_dtype or dtype) for _ in range(NUM_LAYERS))
+    copies, count = jax.ShapeDtypeStruct((64, 2), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+    return jax.jit(copy_blocks, donate_argnums=0), (pools, copies, count), {}
+
+
+def build_write(
+    *, heads: tuple[int, int, int], dtype: str, pool_dtype: str | None = None
+) -> tuple[Any, ...]:
+    """A write of new K and V; nor is there one here."""
+    _, K, H = heads
+    options = {} if pool_dtype is None else {"kv_scales": jnp.ones((2, K))}
+    kv = jax.ShapeDtypeStruct((NUM_TOKENS, K, H), dtype)
+    slots = jax.ShapeDtypeStruct((NUM_TOKENS,), jnp.int32)
+    write = jax.jit(functools.partial(write_kv, **options), donate_argnums=0)
+    return write, (_pool(heads, pool_dtype or dtype), kv, kv, slots), {}
+
+
+def _pool(heads: tuple[int, int, int], dtype: str) -> jax.ShapeDtypeStruct:
+    _, K, H = heads
+    shape = pool_shape(num_blocks=1024, num_kv_heads=K, block_size=16, head_size=H)
+    return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def traced(choose: Callable[..., Any], *specs: jax.ShapeDtypeStruct) -> Any:

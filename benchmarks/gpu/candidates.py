@@ -56,16 +56,20 @@ def run(settings: Settings, record: Record) -> None:
         mine = [one for one in found if kernel.takes(one)]
         found = [one for one in found if one not in mine]
         for shape in kernel.shapes if mine else []:
+            name = f"{kernel.name} {shape.name}"
+            if not settings.lacks(name):
+                continue
+            record.begin(name)
             configs = _configs(kernel.config_class, mine, shape.heads)
-            results = kernel.time_all(shape, configs, settings)
-            _record_best(f"{kernel.name} {shape.name}", results, record)
+            results = kernel.time_all(shape, configs, dataclasses.replace(settings, known=()))
+            _record_best(name, results, record)
     if found:
         raise ValueError(f"candidates that are for no kernel here: {found[:3]}")
 
 
 def _kernels(settings: Settings) -> list[Kernel]:
     """All that this JAX has."""
-    decodes, prefills = decode.shapes_for(settings), _prefill_shapes(settings)
+    decodes, prefills = decode.shapes_for(settings), prefill.shapes_for(settings)
     kernels = [
         Kernel("decode", DecodeConfig, decodes, time_decode),
         Kernel("prefill", RaggedConfig, prefills, time_prefill),
@@ -140,9 +144,9 @@ def time_decode(
         name: decode.Side(functools.partial(attend, config=config), is_peer=True)
         for name, config in configs.items()
     }
-    results: dict[str, dict] = {}
-    decode.measure({shape: sides}, settings, results.__setitem__)
-    return _named(results, shape.name)
+    record = Record()
+    decode.measure({shape: sides}, settings, record)
+    return _named(record.results, shape.name)
 
 
 def time_prefill(
@@ -160,9 +164,9 @@ def time_prefill(
         return kernel(q, pool, batch, decoded, scale=shape.scale, config=config)
 
     sides = {name: functools.partial(attend, config=config) for name, config in configs.items()}
-    results: dict[str, dict] = {}
-    prefill.measure({shape: sides}, settings, results.__setitem__)
-    return _named(results, shape.name)
+    record = Record()
+    prefill.measure({shape: sides}, settings, record)
+    return _named(record.results, shape.name)
 
 
 def are_right(results: Mapping[str, dict]) -> dict[str, dict]:
@@ -176,10 +180,6 @@ def _is_interpreted(settings: Settings) -> bool:
 
 def _named(results: dict[str, dict], shape_name: str) -> dict[str, dict]:
     return {key.removeprefix(shape_name).strip(): result for key, result in results.items()}
-
-
-def _prefill_shapes(settings: Settings) -> list[prefill.PrefillShape]:
-    return [shape for shape in prefill.SHAPES[settings.scale] if settings.wants(shape.name)]
 
 
 def _record_best(name: str, results: dict[str, dict], record: Record) -> None:

@@ -20,6 +20,7 @@ def run(settings: Settings, record: Record) -> None:
         "read max": jnp.max,
     }
     for name, way in ways.items():
+        record.begin(name)
         timing = spread(time_runs(jax.jit(way), x))
         record(name, {"ok": True, **timing, "gbps": _gbps(x.nbytes, timing["us"])})
     timing = spread(time_runs(jax.jit(lambda x: x + 1), x))

@@ -1,12 +1,12 @@
 """Every kernel on the device against float64 on the host: fresh inputs, NaN wherever no row is.
 
-A case is run with what is under test, and after all cases with what is tested besides
-(`beside.py`), under a name that ends with that backend's; either runs what it takes.
+Tables name no block behind a context, and memory that a result is likely to get is NaN before.
 """
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+import importlib
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -14,55 +14,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.gpu.beside import refusal, second_backend
-from benchmarks.gpu.oracle import SCALE, Ragged, dense, make_ragged
+from benchmarks.gpu import changes, large
+from benchmarks.gpu.beside import refusal
+from benchmarks.gpu.oracle import SCALE, Ragged, dense
 from benchmarks.gpu.settings import Record, Settings, describe
+from benchmarks.gpu.specs import Spec, array_options, list_specs, make_case, plain_options
 from benchmarks.gpu.timing import compile_all
-from pallas_kernels import Backend, PagedBatch, copy_blocks, paged_attention, paged_decode, write_kv
-
-Heads = tuple[int, int, int]
-
-HEADS: list[Heads] = [
-    (32, 8, 128),
-    (9, 3, 64),
-    (14, 2, 64),
-    (8, 8, 96),
-    (16, 2, 80),
-    (8, 4, 256),
-]
-OPTIONS: list[dict[str, Any]] = [
-    {"window": 100},
-    {"window": 700, "soft_cap": 5.0},
-    {"soft_cap": 3.0},
-]
-# Around blocks, tiles and splits of 256 and 512 tokens; the lone one is a row of its own length.
-DECODE_LENS = [1, 15, 16, 17, 63, 64, 65, 255, 256, 257, 511, 512, 513, 777, 1025, 1601]
-RAGGED_ROWS = [(1, 1), (1, 16), (1, 333), (1, 1200), (2, 2), (64, 64), (17, 530), (130, 130)]
-RAGGED_ROWS += [(128, 700), (65, 1030), (5, 300)]
+from pallas_kernels import Backend, PagedBatch, paged_attention, paged_decode
 
 # Norms of the error over norms of the result, of everything and of the worst token. A float32
 # product that was rounded to TF32 exceeds its own.
 BOUNDS = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 1e-2}
 WORST_TOKEN = 4
 ORACLE_THREADS = 4
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Spec:
-    """One case."""
-
-    job: str  # "decode" or "ragged"
-    heads: Heads
-    block_size: int = 16
-    dtype: str = "bfloat16"
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """What it is called in the results."""
-        heads = "/".join(map(str, self.heads))
-        extras = "".join(f" {key}={value}" for key, value in self.options.items())
-        return f"{self.job} {heads} block {self.block_size} {self.dtype}{extras}"
+MOSAIC = (Backend.MOSAIC_GPU, Backend.MOSAIC_GPU_INTERPRET)
+# Their prompts' answers take the place of the queries, and padding tokens keep theirs.
+IN_PLACE = (Backend.PALLAS_GPU, Backend.PALLAS_GPU_INTERPRET, *MOSAIC)
+NUM_PROGRAMS = (5, 132)  # that share out many rows: a row's bits do not follow it
 
 
 class Prepared(NamedTuple):
@@ -70,115 +38,104 @@ class Prepared(NamedTuple):
 
     spec: Spec
     case: Ragged
+    arrays: Mapping[str, np.ndarray]  # options
     expected: "Future[np.ndarray]"
 
 
 def run(settings: Settings, record: Record) -> None:
-    """Records the error of each case, and whether it is within bounds."""
-    backend, second = Backend(settings.backend), second_backend(settings, record)
+    """Records each case of what is under test: attention, changes of the pool, large pools."""
+    backend = Backend(settings.backend)
+    check_attention(backend, settings, record)
+    changes.check(backend, settings, record)
+
+
+def check_attention(backend: Backend, settings: Settings, record: Record) -> None:
+    """Records the error of each case that the backend takes, and whether it is within bounds."""
+    specs = [spec for spec in list_specs(settings.scale) if settings.lacks(spec.name)]
+    taken = [spec for spec in specs if _takes(backend, spec)]
+    check_cases(((spec, make_case(spec, settings)) for spec in taken), backend, settings, record)
+    if len(taken) < len(specs):
+        left_out = f"{len(specs) - len(taken)} of {len(specs)} cases are not for it"
+        record(f"cases of {backend.value}", {"ok": True, "error": left_out})
+    for spec, case in large.cases(backend, settings, record):
+        check_cases([(spec, case)], backend, settings, record)
+
+
+def check_cases(
+    cases: Iterable[tuple[Spec, Ragged]], backend: Backend, settings: Settings, record: Record
+) -> None:
+    """Records each; everything is compiled before anything is run."""
     with ThreadPoolExecutor(ORACLE_THREADS) as threads:
         prepared = []
-        for spec in _specs(settings.scale):
-            case = _case(spec, settings)
-            expected = threads.submit(dense, case, **spec.options)
-            prepared.append(Prepared(spec, case, expected))
-        _run_cases({one.spec.name: one for one in prepared}, backend, record)
-        for dtype in ("bfloat16", "float32"):
-            record(f"write_kv {dtype}", _check_write(dtype, backend, settings.seed))
-            record(f"copy_blocks {dtype}", _check_copies(dtype, backend, settings.seed))
-        if second is not None:
-            named = {f"{one.spec.name} {second.value}": one for one in prepared}
-            _run_cases(named, second, record)
+        for spec, case in cases:
+            arrays = array_options(spec, case, settings)
+            options: dict[str, Any] = plain_options(spec) | {"sinks": arrays.get("sinks")}
+            prepared.append(Prepared(spec, case, arrays, threads.submit(dense, case, **options)))
+        compiled = compile_all(
+            {one.spec.name: functools.partial(_lower, one, backend) for one in prepared}
+        )
+        for one in prepared:
+            record_attempt(
+                record,
+                one.spec.name,
+                functools.partial(_check, one, compiled[one.spec.name], backend),
+            )
 
 
-def _run_cases(named: dict[str, Prepared], backend: Backend, record: Record) -> None:
-    """Those that the backend takes; everything is compiled before anything is run."""
-    mine = {name: one for name, one in named.items() if _takes(backend, one.spec)}
-    compiled = compile_all(
-        {name: functools.partial(_lower, one.spec, one.case, backend) for name, one in mine.items()}
-    )
-    for name, (spec, case, expected) in mine.items():
-        program = compiled[name]
-        if isinstance(program, Exception):
-            record(name, {"ok": False, "error": describe(program)})
-            continue
-        try:
-            record(name, _check(spec, case, program, expected.result()))
-        except Exception as reason:  # noqa: BLE001 - whatever it is, the other cases still count
-            record(name, {"ok": False, "error": describe(reason)})
-    if len(mine) < len(named):
-        left_out = f"{len(named) - len(mine)} of {len(named)} cases are not for it"
-        record(f"cases of {backend.value}", {"ok": True, "error": left_out})
+def record_attempt(record: Record, name: str, check: Callable[[], dict]) -> None:
+    """Records what the check says, or what it raises."""
+    record.begin(name)
+    try:
+        result = check()
+    except Exception as reason:  # noqa: BLE001 - whatever it is, the other cases still count
+        result = {"ok": False, "error": describe(reason)}
+    record(name, result)
 
 
 def _takes(backend: Backend, spec: Spec) -> bool:
-    pool = {"block_size": spec.block_size, "dtype": spec.dtype, "head_size": spec.heads[2]}
-    return refusal(backend, **pool) is None
+    N, K, H = spec.heads
+    pool = {"block_size": spec.block_size, "dtype": spec.pool_dtype or spec.dtype}
+    return refusal(backend, head_size=H, queries_per_head=N // K, **pool) is None
 
 
-def _specs(scale: str) -> Iterator[Spec]:
-    jobs = ("decode", "ragged")
-    if scale == "toy":
-        yield Spec(job="decode", heads=(6, 3, 16), options={"window": 20})
-        yield Spec(job="ragged", heads=(6, 3, 16), block_size=8)
-        return
-    common, odd = HEADS[:2], HEADS[-1]
-    for job in jobs:
-        for heads in HEADS:
-            yield Spec(job=job, heads=heads)
-        for heads in common:
-            for block_size in (8, 64, 128):
-                yield Spec(job=job, heads=heads, block_size=block_size)
-            for options in OPTIONS:
-                yield Spec(job=job, heads=heads, options=options)
-        for heads in (*common, odd):
-            for dtype in ("float16", "float32"):
-                yield Spec(job=job, heads=heads, dtype=dtype)
-
-
-def _case(spec: Spec, settings: Settings) -> Ragged:
-    rows = [(1, length) for length in DECODE_LENS] if spec.job == "decode" else RAGGED_ROWS
-    if settings.scale == "toy":
-        rows = [(queries, context) for queries, context in rows if context <= 65]
-    seed = settings.seed + sum(map(ord, spec.name))
-    return make_ragged(
-        rows, heads=spec.heads, block_size=spec.block_size, dtype=spec.dtype, seed=seed
-    )
-
-
-def _arguments(spec: Spec, case: Ragged) -> tuple[Any, ...]:
+def _arguments(one: Prepared) -> tuple[Any, ...]:
     """What the jitted function takes; the rows of decode include the padding ones."""
-    if spec.job == "decode":
+    case = one.case
+    if one.spec.job == "decode":
         B = len(case.seq_lens)
-        return case.q[:B], case.pool, case.block_tables, case.seq_lens
+        return case.q[:B], case.pool, (case.block_tables, case.seq_lens), one.arrays
     batch = PagedBatch(
         jnp.asarray(case.block_tables),
         jnp.asarray(case.query_starts),
         jnp.asarray(case.seq_lens),
         jnp.int32(case.num_decodes),
     )
-    return case.q, case.pool, batch
+    return case.q, case.pool, (batch,), one.arrays
 
 
-def _lower(spec: Spec, case: Ragged, backend: Backend) -> jax.stages.Lowered:
-    function = paged_decode if spec.job == "decode" else paged_attention
+def _lower(one: Prepared, backend: Backend) -> jax.stages.Lowered:
+    function = paged_decode if one.spec.job == "decode" else paged_attention
 
-    def attend(*arrays: Any) -> jax.Array:
-        return function(*arrays, scale=SCALE, backend=backend, **spec.options)
+    def attend(q: Any, pool: Any, rows: Any, arrays: Any) -> jax.Array:
+        options = plain_options(one.spec)
+        return function(q, pool, *rows, scale=SCALE, backend=backend, **options, **arrays)
 
-    return jax.jit(attend).lower(*_arguments(spec, case))
+    return jax.jit(attend).lower(*_arguments(one))
 
 
-def _check(spec: Spec, case: Ragged, program: jax.stages.Compiled, expected: np.ndarray) -> dict:
-    arguments = jax.device_put(_arguments(spec, case))
+def _check(one: Prepared, program: Any, backend: Backend) -> dict:
+    if isinstance(program, Exception):
+        return {"ok": False, "error": describe(program)}
+    spec, case, expected = one.spec, one.case, one.expected.result()
+    arguments = jax.device_put(_arguments(one))
     poison(case.q.shape, case.q.dtype)
-    out = np.asarray(program(*arguments)).astype(np.float64)
-    problems = []
+    found = program(*arguments)
+    out = np.asarray(found).astype(np.float64)
+    problems = _check_padding(spec, case, out, backend)
     if spec.job == "decode":
-        num_rows = len(case.contexts)
-        if out[num_rows:].any():
-            problems.append("rows of length 0 are not zeros")
         problems += _check_independence(case, program, arguments, out)
+        if spec.rows == "many" and backend in MOSAIC:
+            problems += _check_programs(spec, backend, arguments, found)
     out = out[: len(expected)]
     finite = bool(np.isfinite(out).all())
     errors_T = np.linalg.norm((out - expected).reshape(len(out), -1), axis=1)
@@ -193,15 +150,26 @@ def _check(spec: Spec, case: Ragged, program: jax.stages.Compiled, expected: np.
     return result | ({"error": "; ".join(problems)} if problems else {})
 
 
+def _check_padding(spec: Spec, case: Ragged, out: np.ndarray, backend: Backend) -> list[str]:
+    """What stands behind the rows' tokens: zeros in decode, in prompts the queries."""
+    padding = out[case.num_tokens :]
+    if spec.job == "decode":
+        return ["rows of length 0 are not zeros"] if padding.any() else []
+    if backend not in IN_PLACE:  # of the others nobody may ask what stands there
+        return []
+    queries = case.q[case.num_tokens :].astype(np.float64)
+    return [] if np.array_equal(padding, queries) else ["padding tokens were written to"]
+
+
 def _check_independence(
     case: Ragged, program: jax.stages.Compiled, arguments: tuple[Any, ...], out: np.ndarray
 ) -> list[str]:
     """A row's bits must not depend on the other rows: every second one is made empty."""
-    q, pool, tables, _ = arguments
+    q, pool, (tables, _), arrays = arguments
     kept_B = np.arange(len(case.seq_lens)) % 2 == 0
     fewer = jax.device_put(np.where(kept_B, case.seq_lens, 0).astype(np.int32))
     poison(case.q.shape, case.q.dtype)
-    alone = np.asarray(program(q, pool, tables, fewer)).astype(np.float64)
+    alone = np.asarray(program(q, pool, (tables, fewer), arrays)).astype(np.float64)
     problems = []
     if not np.array_equal(alone[kept_B], out[kept_B]):
         problems.append("a row's bits depend on its neighbours")
@@ -210,44 +178,33 @@ def _check_independence(
     return problems
 
 
+def _check_programs(
+    spec: Spec, backend: Backend, arguments: tuple[Any, ...], found: jax.Array
+) -> list[str]:
+    """Nor on how many programs share the rows out."""
+    q, pool, rows, arrays = arguments
+    problems = []
+    for count in NUM_PROGRAMS:
+        attend = functools.partial(
+            mosaic_decode(spec.heads[2], count, backend),
+            scale=SCALE,
+            **plain_options(spec),
+        )
+        other = jax.jit(attend)(q, pool, *rows, **arrays)
+        if not np.array_equal(np.asarray(other), np.asarray(found)):
+            problems.append(f"other bits of {count} programs")
+    return problems
+
+
+def mosaic_decode(head_size: int, num_programs: int, backend: Backend) -> Callable[..., jax.Array]:
+    """The kernel in so many programs."""
+    kernel = importlib.import_module("pallas_kernels.gpu.mosaic.decode")  # an older JAX has it not
+    config = dataclasses.replace(kernel.decode_config(head_size), num_programs=num_programs)
+    interpret = backend is Backend.MOSAIC_GPU_INTERPRET
+    return functools.partial(kernel.paged_decode, config=config, interpret=interpret)
+
+
 def poison(shape: tuple[int, ...], dtype: Any) -> None:
     """Fills memory that the next result of this shape will likely get with NaN, and frees it."""
     nothing = np.full(shape, np.nan, dtype)
     jax.block_until_ready([jax.device_put(nothing) for _ in range(4)])
-
-
-def _check_write(dtype: str, backend: Backend, seed: int) -> dict:
-    rng = np.random.default_rng(seed)
-    P, K, S, H, T = 37, 3, 16, 64, 200
-    pool = rng.standard_normal((P, K, S, 2 * H)).astype(jnp.dtype(dtype))
-    pool[5] = np.nan
-    k, v = (rng.standard_normal((T, K, H)).astype(jnp.dtype(dtype)) for _ in range(2))
-    slots = rng.permutation(np.arange(S, P * S))[:T].astype(np.int32)
-    slots[-3:] = 0  # padding tokens all write to the null block
-    expected = pool.copy()
-    expected[slots // S, :, slots % S] = np.concatenate([k, v], axis=-1)
-    write = jax.jit(lambda *arrays: write_kv(*arrays, backend=backend), donate_argnums=0)
-    return _exact(write(jnp.array(pool), k, v, slots), expected)
-
-
-def _check_copies(dtype: str, backend: Backend, seed: int) -> dict:
-    rng = np.random.default_rng(seed)
-    pools = rng.standard_normal((2, 29, 3, 8, 32)).astype(jnp.dtype(dtype))
-    copies = rng.permutation(np.arange(1, 29))[:14].reshape(7, 2).astype(np.int32)
-    copies[1, 0] = copies[0, 1]  # the source of one is what the one before it wrote
-    expected = pools.copy()
-    for source, destination in copies[:5]:
-        expected[:, destination] = expected[:, source]
-    copy = jax.jit(functools.partial(copy_blocks, backend=backend), donate_argnums=0)
-    found = copy(tuple(map(jnp.array, pools)), copies, np.int32(5))
-    return _exact(jnp.stack(found), expected)
-
-
-def _exact(found: jax.Array, expected: np.ndarray) -> dict:
-    """Equal bit for bit; the null block may hold anything."""
-    bits = np.dtype(f"u{expected.dtype.itemsize}")
-    axis = 0 if expected.ndim == 4 else 1
-    pairs = [np.take(np.asarray(x), range(1, x.shape[axis]), axis) for x in (found, expected)]
-    a, b = (np.ascontiguousarray(x).view(bits) for x in pairs)
-    same = np.array_equal(a, b)
-    return {"ok": same} | ({} if same else {"error": "bits differ"})

@@ -91,8 +91,7 @@ def run(settings: Settings, record: Record) -> None:
     shapes = {
         shape: {name: paged(shape, name) for name in backends}
         | {CUDNN: functools.partial(cudnn, shape=shape)}
-        for shape in SHAPES[settings.scale]
-        if settings.wants(shape.name)
+        for shape in shapes_for(settings)
     }
     measure(shapes, settings, record)
     if (second := second_backend(settings, record)) is not None:
@@ -100,10 +99,21 @@ def run(settings: Settings, record: Record) -> None:
         measure({shape: {name: paged(shape, name)} for shape in shapes}, settings, record)
 
 
+def shapes_for(settings: Settings) -> list[PrefillShape]:
+    """Those that the settings ask for."""
+    return [shape for shape in SHAPES[settings.scale] if settings.wants(shape.name)]
+
+
 def measure(
     shapes: dict[PrefillShape, dict[str, Attend]], settings: Settings, record: Record
 ) -> None:
-    """Times every side of every shape; everything is compiled before anything is timed."""
+    """Times every side that is not known; everything is compiled before anything is timed."""
+    shapes = {
+        shape: {
+            name: attend for name, attend in sides.items() if settings.lacks(f"{shape.name} {name}")
+        }
+        for shape, sides in shapes.items()
+    }
     programs = {}
     for shape, sides in shapes.items():
         for name, attend in sides.items():
@@ -113,6 +123,7 @@ def measure(
     compiled = compile_all(programs)
     for shape, sides in shapes.items():
         for name in sides:
+            record.begin(f"{shape.name} {name}")
             found = compiled[shape, name], compiled.get((shape, name, "once"))
             failure = next((one for one in found if isinstance(one, Exception)), None)
             result: dict = {}

@@ -19,6 +19,7 @@ SHOWN = 16  # kernels of a step
 def run(settings: Settings, record: Record) -> None:
     """Records each shape's step, kernel by kernel."""
     for case in compiled_cases(settings, record, backends=(settings.backend,)):
+        record.begin(case.name)
         with tempfile.TemporaryDirectory() as folder:
             _trace(case, folder)
             (path,) = pathlib.Path(folder).rglob("*.xplane.pb")

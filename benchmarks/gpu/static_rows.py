@@ -43,6 +43,12 @@ CALLS = {
     "decode, every option": _attention("decode", every_option=True),
     "prefill": _attention("prefill"),
     "prefill, every option": _attention("prefill", every_option=True),
+    "copy blocks": Call(
+        target="benchmarks.gpu.builds:build_copies", options={}, kernels=("copy_blocks",)
+    ),
+    "write K and V": Call(
+        target="benchmarks.gpu.builds:build_write", options={}, kernels=("write_kv",)
+    ),
 }
 
 

@@ -28,15 +28,21 @@ def part_lines(part: str, found: dict) -> list[str]:
         lines.append(f"   {found['error'][:300]}")
     for name, result in results.items():
         if name in failed:
-            lines.append(f"   FAILED {name}: {_reason(result)}")
+            lines.append(f"   FAILED {name}: {_reason(result)}{_age(result)}")
         elif figures := _figures(result):
-            lines.append(f"   {name}: {figures}")
+            lines.append(f"   {name}: {figures}{_age(result)}")
         elif "error" in result:
             lines.append(f"   {name}: none: {result['error'][:90]}")
     errors = [result["error_norm"] for result in results.values() if "error_norm" in result]
     if errors:
         lines.append(f"   largest error {max(map(float, errors)):.1e} of the norm")
     return lines
+
+
+def _age(result: dict) -> str:
+    """Of what a result is that an earlier run left."""
+    origin = result.get("origin")
+    return "" if origin is None else f" (of {origin['commit']}, {origin['date']})"
 
 
 def _figures(result: dict) -> str:

@@ -94,6 +94,7 @@ def run(settings: Settings, record: Record) -> None:
     }
     rates = {}
     for name, (generate, repeats) in sides.items():
+        record.begin(name)
         rates[name], result = _rate(generate, repeats, max_tokens)
         if "unpaged" in rates:
             result["paged_over"] = round(rates[f"paged {settings.backend}"] / rates["unpaged"], 2)

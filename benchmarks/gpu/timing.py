@@ -1,10 +1,13 @@
 """How long one call takes on the device, the cost of launching it from Python left out.
 
 A chain is one jitted function of many calls, each on the result of the call before, over arrays
-that take turns so that no cache holds them. XLA makes such a chain of kernels one CUDA graph. The
-first argument is donated and becomes the result, so that the addresses in the graph never change.
-Chains are enqueued one after the other without waiting, until they fill `TARGET_S`; a repeat is
-that time over the number of calls.
+that take turns so that no cache holds them. XLA makes such a chain of kernels one CUDA graph where
+it can. Under JAX 0.11.2 Mosaic's calls stay outside of graphs: their figures have a launch each,
+and at small shapes, which take less than that, they are not comparable with other kernels' (under
+0.12 they are inside). Results do not say which it was, since the compiled HLO does not: graphs are
+made later, of what XLA starts. The first argument is donated and becomes the result, so that the
+addresses in the graph never change. Chains are enqueued one after the other without waiting, until
+they fill `TARGET_S`; a repeat is that time over the number of calls.
 """
 
 import dataclasses

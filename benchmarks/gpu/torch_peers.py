@@ -42,7 +42,7 @@ def run(settings: Settings, record: Record) -> None:
         _attempt(record, f"{shape.name} sdpa", _sdpa_decode, shape, settings)
         if "conch" not in missing:
             _attempt(record, f"{shape.name} conch", _conch, shape, settings)
-    for chunk in filter(lambda shape: settings.wants(shape.name), prefill.SHAPES[settings.scale]):
+    for chunk in prefill.shapes_for(settings):
         _attempt(record, f"{chunk.name} sdpa", _sdpa_prefill, chunk, settings)
     if "flashinfer" not in missing:
         build.join(BUILD_S)
@@ -67,8 +67,11 @@ def _attempt(
     settings: Settings,
 ) -> None:
     """A peer's time at one shape, or why it has none."""
+    if not settings.lacks(name):
+        return
     torch = _module("torch")
 
+    record.begin(name)
     try:
         attend, turns = prepare(shape, settings.seed)
         samples = _time(attend, turns)

@@ -2,11 +2,10 @@
 
 It imports what parts need, then waits for its settings on the standard input, so that the next
 part's process can start while another part has the device. A part that hangs can be killed, and
-one that breaks the device's context takes no other with it. The file is written anew after every
-result.
+one that breaks the device's context takes no other with it. The file is written anew before and
+after every result.
 """
 
-import dataclasses
 import importlib
 import json
 import math
@@ -17,7 +16,8 @@ from typing import Any
 
 import jax
 
-from benchmarks.gpu.settings import Settings, describe
+from benchmarks.gpu.reports import write_whole
+from benchmarks.gpu.settings import Record, Settings, describe
 from benchmarks.measure import host_provenance
 from jpaged.compilation import enable_cache
 
@@ -26,43 +26,51 @@ def main() -> None:
     """Runs the part that the command names."""
     part, path = sys.argv[1], pathlib.Path(sys.argv[2])
     module = importlib.import_module(f"benchmarks.gpu.{part}")
-    settings = Settings(**json.loads(sys.stdin.readline()))
+    given = sys.stdin.readline()
+    if not given:  # the command has ended before this part's turn
+        return
+    settings = Settings(**json.loads(given))
     enable_cache()
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     start = time.perf_counter()
-    report: dict = {"part": part, "settings": dataclasses.asdict(settings), "results": {}}
+    told = {key: value for key, value in vars(settings).items() if key not in ("known", "origin")}
+    report: dict = {"part": part, "origin": settings.origin, "settings": told}
 
-    def record(name: str, result: dict) -> None:
-        report["results"][name] = {key: _plain(value) for key, value in result.items()}
+    def write() -> None:
         report["seconds"] = round(time.perf_counter() - start, 1)
-        write(path, report)
-        print(f"{report['seconds']:6.1f} s  {part}: {name}: {result}", file=sys.stderr, flush=True)
+        report["running"] = record.running
+        report["results"] = {
+            name: {key: _plain(value) for key, value in result.items()}
+            for name, result in record.results.items()
+        }
+        write_whole(path, json.dumps(report))
 
+    def tell() -> None:
+        write()
+        if record.running is None:
+            name, result = list(record.results.items())[-1]
+            line = f"{report['seconds']:6.1f} s  {part}: {name}: {result}"
+            print(line, file=sys.stderr, flush=True)
+
+    record = Record(tell)
     try:
         device = jax.devices()[0]
         report["device"] = device.device_kind
         report["platform"] = device.platform
         report["versions"] = host_provenance()["versions"]
         module.run(settings, record)
+        record.running = None
         report["status"] = "done"
     except Exception as error:
         report["status"], report["error"] = "failed", describe(error)
         raise
     finally:
-        report["seconds"] = round(time.perf_counter() - start, 1)
-        write(path, report)
+        write()
 
 
 def _plain(value: Any) -> Any:
     """The value, or its name where JSON has no such number."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write(path: pathlib.Path, report: dict) -> None:
-    """The report in the file, whole at any moment."""
-    draft = path.with_suffix(".draft")
-    draft.write_text(json.dumps(report))
-    draft.replace(path)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def run(settings: Settings, record: Record) -> None:
         for num_tokens in scale.tokens:
             for dtype in scale.dtypes:
                 name = f"write {'/'.join(map(str, heads))} {num_tokens} {dtype}"
-                if settings.wants(name):
+                if settings.wants(name) and settings.lacks(f"{name} kernel"):  # its last side
                     _time_writes(name, heads, num_tokens, dtype, settings, record)
         name = f"copy {'/'.join(map(str, heads))} {scale.num_layers} layers"
         if settings.wants(name):
@@ -101,6 +101,7 @@ def _time_writes(
     compiled = _compile(sides, WRITE_CALLS, pool, turns)
     for side in sides:
         arrays = pool, turns[0], turns
+        record.begin(f"{name} {side}")
         record(f"{name} {side}", _time(compiled, side, WRITE_CALLS, arrays, expected, moved))
 
 
@@ -155,6 +156,7 @@ def _time_copies(
         expected = _copied_by_numpy(pools, move)
         moved = 2 * count * sum(pool.nbytes for pool in pools) // scale.copy_blocks
         for side in sides:
+            record.begin(f"{name} x {count} {side}")
             result = _time(compiled, side, COPY_CALLS, (pools, move, [move]), expected, moved)
             record(f"{name} x {count} {side}", result)
 

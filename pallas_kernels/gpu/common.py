@@ -8,10 +8,12 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int32, Real
 
+from pallas_kernels.gpu.device import as_number, target_capability
 from pallas_kernels.quantize import LARGEST
 
 DTYPES = ("bfloat16", "float16", "float32")
 MAX_ELEMENTS = 2**31 - 1  # offsets into an array are int32, up to 4 GiB of it
+MIN_FLOAT8_CAPABILITY = 8.9  # Triton converts from float8_e4m3fn on none below
 LOG2_E = math.log2(math.e)  # the processor's exponential is that of base 2
 
 
@@ -19,6 +21,7 @@ def check_arrays(q: Float[Array, "T N H"], pool: Real[Array, "P K S W"]) -> None
     """What these kernels ask beyond what `dispatch` asked for every backend."""
     _check_dtype("q", q, DTYPES)
     check_pool(pool)
+    check_capability(pool.dtype, as_number(target_capability()))
 
 
 def check_pool(pool: Real[Array, "P K S W"]) -> None:
@@ -28,6 +31,17 @@ def check_pool(pool: Real[Array, "P K S W"]) -> None:
         raise ValueError(
             f"a pool of eight bits must have at most {MAX_ELEMENTS} elements, got {pool.size}: "
             "offsets are int32; make it of fewer blocks, or use `xla`"
+        )
+
+
+def check_capability(dtype: DTypeLike, capability: float | None) -> None:
+    """Raises ValueError where a GPU of this capability, if it is known, reads no such pool."""
+    if jnp.dtype(dtype) != jnp.float8_e4m3fn or capability is None:
+        return
+    if capability < MIN_FLOAT8_CAPABILITY:
+        raise ValueError(
+            f"a pool of float8_e4m3fn needs compute capability {MIN_FLOAT8_CAPABILITY}, this "
+            f"GPU has {capability}; take int8, or use `xla`"
         )
 
 

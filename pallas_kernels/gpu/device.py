@@ -38,6 +38,19 @@ def target_capability() -> str | None:
     return capability or CAPABILITIES.get(target_chip() or "")
 
 
+def as_number(capability: str | None) -> float | None:
+    """A compute capability to be compared; None where it is none, as AMD's, which are names."""
+    try:
+        return None if capability is None else float(capability)
+    except ValueError:
+        return None
+
+
+def target_kind() -> str:
+    """What the device that is compiled for calls itself."""
+    return _target().device_kind
+
+
 def target_processors() -> int | None:
     """How many multiprocessors it has, where that is known."""
     device = _target()  # which says so as either of the two

@@ -33,7 +33,7 @@ from pallas_kernels.gpu.tiles import MIN_TILE_TOKENS, padded_size, tuned_fields
 from pallas_kernels.layout import MASKED, PagedBatch
 from pallas_kernels.quantize import product_dtype
 
-NARROW_CAPABILITIES = ("8.0", "8.6", "8.7", "8.9")  # whose matrix instructions are narrow
+NARROW_CAPABILITIES = ("8.0", "8.6", "8.7", "8.9", "12.0", "12.1")  # in matrix instructions
 SMALL_CAPABILITIES = ("8.6", "8.9", "12.0", "12.1")  # 99 KiB of shared memory, others 163 or more
 
 
@@ -150,7 +150,7 @@ def default_config(q: Float[Array, "T N H"], pool: Real[Array, "P K S W"]) -> Ra
         return RaggedConfig(query_rows=max(rows, 64), context_tokens=32, num_stages=2)
     capability = target_capability()
     if lanes <= 64:
-        # Before Hopper twice as many tokens spill a few bytes, with some options or eight bits.
+        # There twice as many tokens spill a few bytes, with some options or eight bits.
         context = 32 if capability in NARROW_CAPABILITIES else 64
         return RaggedConfig(query_rows=max(rows, 64), context_tokens=context, num_warps=4)
     if H < 128:

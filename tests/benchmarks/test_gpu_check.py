@@ -1,60 +1,61 @@
 """The check of a GPU works where there is none: its oracle, its parts at toy sizes, its command."""
 
 import dataclasses
+import functools
 import json
-import pathlib
-import subprocess
-import sys
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
 import pytest
 
 from benchmarks.gpu import (
-    candidates,
+    changes,
     correctness,
     decode,
+    large,
+    mosaic,
     parity,
     prefill,
     step,
     throughput,
-    writes,
 )
 from benchmarks.gpu.beside import refusal, second_backend
-from benchmarks.gpu.candidates import read
-from benchmarks.gpu.chips import GPUS
-from benchmarks.gpu.oracle import SCALE, dense, make_ragged
-from benchmarks.gpu.settings import Settings
-from benchmarks.gpu.table import part_lines
+from benchmarks.gpu.oracle import NO_BLOCK, SCALE, dense, make_ragged
+from benchmarks.gpu.settings import Record, Settings
+from benchmarks.gpu.specs import MANY_ROWS, OPTIONS, Spec, list_specs, make_case
+from jpaged import LLM
 from pallas_kernels import Backend
-from pallas_kernels.gpu.mosaic.limits import MIN_JAX, missing_jax
+from pallas_kernels.gpu.mosaic.limits import MIN_JAX
 from tests.helpers import assert_close
 from tests.kernels import cases
 from tests.kernels.test_backends import Gpu, use
 
 SETTINGS = Settings(backend="xla", scale="toy", seed=3, candidates=[], read_gbps=10.0)
 ON_A_GPU = dataclasses.replace(SETTINGS, backend="pallas-gpu", scale="full")
-CUTS = pathlib.Path(candidates.__file__).with_name("mosaic_candidates.json")
-SWIZZLED = correctness.Spec(job="decode", heads=(4, 2, 64), options={"window": 20})
+SWIZZLED = Spec(job="decode", heads=(4, 2, 64), options={"window": 20})
 
 
 @pytest.fixture
 def both(monkeypatch: pytest.MonkeyPatch) -> list[Backend]:
-    """As on Hopper, but for the kernels, which are `xla`'s: which were asked for, in order."""
+    """As on Hopper, but for the kernels, which are another's: which were asked for, in order."""
     asked: list[Backend] = []
 
-    def by_xla(attend: Any) -> Any:
+    def by(other: Backend, attend: Any) -> Any:
         def call(*arrays: Any, backend: Backend, **options: Any) -> jax.Array:
             asked.append(backend)
-            return attend(*arrays, backend=Backend.XLA, **options)
+            return attend(*arrays, backend=other, **options)
 
         return call
 
-    for module in (correctness, decode, prefill):
-        monkeypatch.setattr(module, "second_backend", lambda *_: Backend.MOSAIC_GPU)
+    for module in (mosaic, correctness, decode, prefill):
+        if module is not correctness:
+            monkeypatch.setattr(module, "second_backend", lambda *_: Backend.MOSAIC_GPU)
         for name in {"paged_decode", "paged_attention"} & set(vars(module)):
-            monkeypatch.setattr(module, name, by_xla(getattr(module, name)))
+            # Whose padding tokens are looked at.
+            is_looked_at = module is correctness and name == "paged_attention"
+            other = Backend.PALLAS_GPU_INTERPRET if is_looked_at else Backend.XLA
+            monkeypatch.setattr(module, name, by(other, getattr(module, name)))
     return asked
 
 
@@ -72,51 +73,25 @@ def test_the_oracle_equals_the_tests_own(options: dict):
 
 @pytest.mark.parametrize("module", [correctness, decode, prefill], ids=lambda m: m.__name__)
 def test_a_part_records_figures_that_are_right(module):
-    found: dict[str, dict] = {}
-    module.run(SETTINGS, found.__setitem__)
+    record = Record()
+    found = record.results
+    module.run(SETTINGS, record)
     assert found
     assert all(result["ok"] for result in found.values()), found
     assert any("error_norm" in result for result in found.values())
     json.dumps(found)
 
 
-def test_writes_are_timed_every_way_and_are_right():
-    settings = dataclasses.replace(SETTINGS, backend="pallas-gpu-interpret")
-    found: dict[str, dict] = {}
-    writes.run(settings, found.__setitem__)
-    assert {name.split()[-1] for name in found} == {
-        "kernel",
-        "scatter",
-        "repeated",
-        "xla",
-        settings.backend,
-    }
-    assert all(result["ok"] and result["us"] > 0 for result in found.values()), found
-    json.dumps(found)
-
-
-def test_a_write_to_a_wrong_slot_is_found(monkeypatch: pytest.MonkeyPatch):
-    right = writes.write_by_kernel
-    monkeypatch.setattr(
-        writes,
-        "write_by_kernel",
-        lambda pool, k, v, slots, **rest: right(pool, k, v, slots ^ 1, **rest),
-    )
-    settings = dataclasses.replace(SETTINGS, backend="pallas-gpu-interpret", only="5 bfloat16")
-    found: dict[str, dict] = {}
-    writes.run(settings, found.__setitem__)
-    wrong = [name for name, result in found.items() if not result["ok"]]
-    assert wrong == [name for name in found if name.endswith("kernel")]
-
-
 def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch):
-    right, (decode_spec, _) = correctness.paged_decode, correctness._specs("toy")
-    monkeypatch.setattr(correctness, "_specs", lambda scale: [decode_spec])
+    right, (decode_spec, _) = correctness.paged_decode, list_specs("toy")
+    monkeypatch.setattr(correctness, "list_specs", lambda scale: [decode_spec])
+    monkeypatch.setattr(large, "cases", lambda *_: [])
     monkeypatch.setattr(
         correctness, "paged_decode", lambda *args, **kwargs: 1.05 * right(*args, **kwargs)
     )
-    found: dict[str, dict] = {}
-    correctness.run(SETTINGS, found.__setitem__)
+    record = Record()
+    found = record.results
+    correctness.run(SETTINGS, record)
     wrong = [name for name, result in found.items() if not result["ok"]]
     assert wrong == [name for name in found if name.startswith("decode")]
 
@@ -125,15 +100,16 @@ def test_hopper_brings_a_second_backend_and_other_gpus_say_why_not(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(jax, "__version_info__", MIN_JAX)
-    found: dict[str, dict] = {}
+    record = Record()
+    found = record.results
     use(monkeypatch, Gpu("9.0"))
-    assert second_backend(ON_A_GPU, found.__setitem__) is Backend.MOSAIC_GPU
+    assert second_backend(ON_A_GPU, record) is Backend.MOSAIC_GPU
     for name in ("xla", "mosaic-gpu"):
         other = dataclasses.replace(ON_A_GPU, backend=name)
-        assert second_backend(other, found.__setitem__) is None
+        assert second_backend(other, record) is None
     assert not found, "nothing is said where nothing is missing"
     use(monkeypatch, Gpu("10.0"))
-    assert second_backend(ON_A_GPU, found.__setitem__) is None
+    assert second_backend(ON_A_GPU, record) is None
     assert found["mosaic-gpu"]["ok"]
     assert "9.0 (Hopper), Tesla T4 has 10.0" in found["mosaic-gpu"]["error"]
 
@@ -141,67 +117,147 @@ def test_hopper_brings_a_second_backend_and_other_gpus_say_why_not(
 def test_a_jax_without_the_second_backend_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(jax, "__version_info__", (0, 10, 9))
     use(monkeypatch, Gpu("9.0"))
-    found: dict[str, dict] = {}
-    assert second_backend(ON_A_GPU, found.__setitem__) is None
+    record = Record()
+    found = record.results
+    assert second_backend(ON_A_GPU, record) is None
     assert found["mosaic-gpu"]["ok"]
     assert "they need JAX 0.11" in found["mosaic-gpu"]["error"]
 
 
-def test_cases_that_the_second_backend_takes_are_run_by_both(
+def test_cases_that_the_second_backend_takes_are_a_part_of_their_own(
     monkeypatch: pytest.MonkeyPatch, both: list[Backend]
 ):
     ragged = dataclasses.replace(SWIZZLED, job="ragged")
     exact = dataclasses.replace(SWIZZLED, dtype="float32")
     wide = dataclasses.replace(SWIZZLED, heads=(4, 2, 96))
-    specs = [SWIZZLED, ragged, exact, wide]
-    monkeypatch.setattr(correctness, "_specs", lambda scale: specs)
-    found: dict[str, dict] = {}
-    correctness.run(SETTINGS, found.__setitem__)
-    first, second = [spec.name for spec in specs], [SWIZZLED.name, ragged.name]
-    names = [name for name in found if name.startswith(("decode", "ragged"))]
-    assert names == [*first, *(f"{name} mosaic-gpu" for name in second)]
-    assert sum("write_kv" in name or "copy_blocks" in name for name in found) == 4
+    many = dataclasses.replace(SWIZZLED, heads=(130, 2, 64))
+    specs = [SWIZZLED, ragged, exact, wide, many]
+    monkeypatch.setattr(correctness, "list_specs", lambda scale: specs)
+    monkeypatch.setattr(large, "cases", lambda *_: [])
+    monkeypatch.setattr(parity, "check_tokens", lambda *_: None)
+    record = Record()
+    correctness.check_attention(Backend.XLA, SETTINGS, record)
+    assert list(record.results) == [spec.name for spec in specs]
+    assert set(both) == {Backend.XLA}
+    record = Record()
+    found = record.results
+    both.clear()
+    mosaic.run(SETTINGS, record)
+    assert list(found) == [SWIZZLED.name, ragged.name, "cases of mosaic-gpu"]
     assert all(result["ok"] for result in found.values()), found
-    assert found["cases of mosaic-gpu"]["error"] == "2 of 4 cases are not for it"
-    assert both == [Backend.XLA] * 4 + [Backend.MOSAIC_GPU] * 2
+    assert found["cases of mosaic-gpu"]["error"] == "3 of 5 cases are not for it"
+    assert both == [Backend.MOSAIC_GPU] * 2
+
+
+def test_a_part_for_the_second_backend_says_where_there_is_none():
+    record = Record()
+    mosaic.run(SETTINGS, record)
+    assert record.results == {
+        "mosaic-gpu": {"ok": True, "error": "xla brings no other backend with it"}
+    }
 
 
 def test_every_option_size_and_job_has_a_case_for_the_second_backend():
-    taken = [
-        spec for spec in correctness._specs("full") if correctness._takes(Backend.MOSAIC_GPU, spec)
-    ]
+    taken = [spec for spec in list_specs("full") if correctness._takes(Backend.MOSAIC_GPU, spec)]
     for job in ("decode", "ragged"):
         mine = [spec for spec in taken if spec.job == job]
-        assert {spec.heads for spec in mine} == {(32, 8, 128), (9, 3, 64), (14, 2, 64)}
-        assert {spec.block_size for spec in mine} == {8, 16, 64, 128}
+        assert {spec.heads for spec in mine} == {(32, 8, 128), (9, 3, 64), (14, 2, 64), (16, 1, 64)}
+        assert {spec.block_size for spec in mine} == {8, 16, 32, 64, 128}
+        assert "many" in {spec.rows for spec in mine}
         assert {spec.dtype for spec in mine} == {"bfloat16", "float16"}
-        assert all(options in [spec.options for spec in mine] for options in correctness.OPTIONS)
+        assert all(options in [spec.options for spec in mine] for options in OPTIONS)
+
+
+def test_many_rows_give_every_program_of_an_h100_several_splits():
+    many = [spec for spec in list_specs("full") if spec.rows == "many" and spec.job == "decode"]
+    for spec in many:
+        _, K, H = spec.heads
+        split_tokens = 512 if H > 64 else 256
+        splits = sum(-(-context // split_tokens) for _, context in MANY_ROWS)
+        assert splits * K >= 4 * 132, spec
+    assert {spec.heads[2] for spec in many} == {64, 128}
+
+
+@pytest.mark.parametrize("is_right", [True, False])
+def test_bits_that_follow_the_number_of_programs_are_found(
+    monkeypatch: pytest.MonkeyPatch, is_right: bool
+):
+    spec = dataclasses.replace(SWIZZLED, options={}, rows="many")
+    attend = functools.partial(correctness.paged_decode, backend=Backend.XLA)
+    asked = []
+
+    def in_programs(head_size: int, count: int, backend: Backend) -> Any:
+        asked.append((head_size, count, backend))
+        factor = 1.0 if is_right or count == 132 else 1.01
+        return lambda *arrays, **options: factor * attend(*arrays, **options)
+
+    monkeypatch.setattr(
+        correctness,
+        "paged_decode",
+        lambda *arrays, **rest: attend(*arrays, **rest | {"backend": Backend.XLA}),
+    )
+    monkeypatch.setattr(correctness, "mosaic_decode", in_programs)
+    record = Record()
+    case = make_case(spec, SETTINGS)
+    correctness.check_cases([(spec, case)], Backend.MOSAIC_GPU, SETTINGS, record)
+    assert asked == [(64, 5, Backend.MOSAIC_GPU), (64, 132, Backend.MOSAIC_GPU)]
+    found = record.results[spec.name]
+    assert found["ok"] == is_right, found
+    assert is_right or found["error"] == "other bits of 5 programs"
 
 
 @pytest.mark.parametrize("how", ["wrong", "raises", "does not compile"])
-def test_a_second_backend_that_fails_leaves_the_first_its_cases(
-    monkeypatch: pytest.MonkeyPatch, both: list[Backend], how: str
-):
+def test_a_case_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch, how: str):
     right, check = correctness.paged_decode, correctness._check
+    other = dataclasses.replace(SWIZZLED, job="ragged")
+
+    def attend(*arrays: Any, **options: Any) -> jax.Array:
+        if how == "does not compile":
+            raise ValueError("planted")
+        return (1.05 if how == "wrong" else 1.0) * right(*arrays, **options)
+
+    def check_or_raise(one: Any, *rest: Any) -> dict:
+        if how == "raises" and one.spec is SWIZZLED:
+            raise RuntimeError("planted")
+        return check(one, *rest)
+
+    monkeypatch.setattr(correctness, "list_specs", lambda scale: [SWIZZLED, other])
+    monkeypatch.setattr(large, "cases", lambda *_: [])
+    monkeypatch.setattr(correctness, "paged_decode", attend)
+    monkeypatch.setattr(correctness, "_check", check_or_raise)
+    record = Record()
+    correctness.check_attention(Backend.XLA, SETTINGS, record)
+    wrong = [name for name, result in record.results.items() if not result["ok"]]
+    assert wrong == [SWIZZLED.name]
+    assert list(record.results) == [SWIZZLED.name, other.name]
+
+
+def test_a_store_into_a_padding_token_is_found(monkeypatch: pytest.MonkeyPatch):
+    spec = dataclasses.replace(SWIZZLED, job="ragged", options={})
+    right = correctness.paged_attention
+    spoilt = -1  # of the tokens, where there is one
 
     def attend(*arrays: Any, backend: Backend, **options: Any) -> jax.Array:
-        if backend is Backend.MOSAIC_GPU and how == "does not compile":
-            raise ValueError("planted")
-        factor = 1.05 if backend is Backend.MOSAIC_GPU and how == "wrong" else 1.0
-        return factor * right(*arrays, backend=backend, **options)
+        assert backend is Backend.PALLAS_GPU
+        out = right(*arrays, backend=Backend.PALLAS_GPU_INTERPRET, **options)
+        return out if spoilt is None else out.at[spoilt].add(1)
 
-    def run_or_raise(*arguments: Any) -> dict:
-        if both[-1] is Backend.MOSAIC_GPU and how == "raises":
-            raise RuntimeError("planted")
-        return check(*arguments)
+    monkeypatch.setattr(correctness, "paged_attention", attend)
+    case = make_case(spec, SETTINGS)
+    record = Record()
+    correctness.check_cases([(spec, case)], Backend.PALLAS_GPU, SETTINGS, record)
+    assert record.results[spec.name]["error"] == "padding tokens were written to"
+    spoilt = None
+    correctness.check_cases([(spec, case)], Backend.PALLAS_GPU, SETTINGS, record)
+    assert record.results[spec.name]["ok"], record.results
 
-    monkeypatch.setattr(correctness, "_specs", lambda scale: [SWIZZLED])
-    monkeypatch.setattr(correctness, "paged_decode", attend)
-    monkeypatch.setattr(correctness, "_check", run_or_raise)
-    found: dict[str, dict] = {}
-    correctness.run(SETTINGS, found.__setitem__)
-    wrong = [name for name, result in found.items() if not result["ok"]]
-    assert wrong == [f"{SWIZZLED.name} mosaic-gpu"]
+
+def test_an_id_behind_a_context_is_none_of_the_pool():
+    ragged = make_case(SWIZZLED, SETTINGS)
+    S, lens = SWIZZLED.block_size, ragged.seq_lens[:, None]
+    behind = np.arange(ragged.block_tables.shape[1])[None, :] * S >= lens
+    assert (ragged.block_tables[behind] == NO_BLOCK).all()
+    assert (ragged.block_tables[~behind] < len(ragged.pool)).all()
 
 
 @pytest.mark.parametrize(
@@ -213,8 +269,9 @@ def test_the_second_backend_is_a_side_that_comes_last_and_may_not_fail(
     monkeypatch: pytest.MonkeyPatch, both: list[Backend], module: Any
 ):
     paged, measure = module.paged, module.measure
-    found: dict[str, dict] = {}
-    module.run(SETTINGS, found.__setitem__)
+    record = Record()
+    found = record.results
+    module.run(SETTINGS, record)
     (shape,) = module.SHAPES["toy"]
     mine = f"{shape.name} mosaic-gpu"
     assert list(found)[-1] == mine
@@ -232,23 +289,87 @@ def test_the_second_backend_is_a_side_that_comes_last_and_may_not_fail(
 
     monkeypatch.setattr(module, "paged", breaks)
     monkeypatch.setattr(module, "measure", measure_second)
-    again: dict[str, dict] = {}
-    module.run(SETTINGS, again.__setitem__)
+    record = Record()
+    again = record.results
+    module.run(SETTINGS, record)
     assert [(name, result["ok"]) for name, result in again.items()] == [(mine, False)]
 
 
 def test_parity_names_the_dtype_that_the_kernels_do_not_take():
     workload = parity.WORKLOADS["full"]
-    found: dict[str, dict] = {}
-    taken = parity._dtypes(workload, Backend.MOSAIC_GPU, found.__setitem__)
+    record = Record()
+    found = record.results
+    taken = parity._dtypes(workload, Backend.MOSAIC_GPU, record)
     assert list(taken) == [("bfloat16", None)]
     assert list(found) == ["float32 tokens"]
     assert found["float32 tokens"]["ok"]
     assert "got float32" in found["float32 tokens"]["error"]
     found.clear()
-    taken = parity._dtypes(workload, Backend.XLA, found.__setitem__)
+    taken = parity._dtypes(workload, Backend.XLA, record)
     assert list(taken) == list(parity.DTYPES)
     assert not found
+
+
+def test_parity_that_compared_nothing_is_a_failure(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(parity, "DTYPES", (("float32", "highest"),))
+    record = Record()
+    parity.check_tokens(Backend.MOSAIC_GPU, SETTINGS, record)
+    assert [result["ok"] for result in record.results.values()] == [True, False]
+    assert record.results["any tokens"]["error"] == "mosaic-gpu takes no dtype of these"
+
+
+def test_parity_of_a_model_that_repeats_itself_shows_too_little():
+    answers: list = [[[1, 2, 1, 2]] * 2] * 2
+    found = parity._compare([[5]], answers, cast("LLM", None), "float32")
+    assert not found["ok"]
+    assert found["error"] == "2 distinct tokens show too little, 10 are needed"
+
+
+def test_a_token_in_bfloat16_that_is_no_near_tie_is_found(monkeypatch: pytest.MonkeyPatch):
+    right, sides = parity._answers, []
+
+    def answers(llm: Any, *rest: Any) -> list[list[int]]:
+        sides.append(llm)
+        found = right(llm, *rest)
+        if len(sides) == 2:
+            found[1][7] ^= 1
+        return found
+
+    monkeypatch.setattr(parity, "DTYPES", (("bfloat16", None),))
+    monkeypatch.setattr(parity, "_answers", answers)
+    record = Record()
+    parity.check_tokens(Backend.XLA, SETTINGS, record)
+    found = record.results["bfloat16 tokens"]
+    assert not found["ok"]
+    assert found["differences"] == 1
+    assert found["farthest"] > parity.NEAR_TIES["bfloat16"]
+    assert "less likely than the likeliest, at most 0.25 are" in found["error"]
+    assert record.results["bfloat16 events"]["ok"]
+
+
+def test_a_step_is_timed_with_the_second_backend_last(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(step, "second_backend", lambda *_: Backend.REFERENCE)
+    record = Record()
+    step.run(SETTINGS, record)
+    assert list(record.results) == ["tiny 3 x 40 xla", "tiny 3 x 40 reference"]
+    again = Record()
+    step.run(dataclasses.replace(SETTINGS, known=("tiny 3 x 40 xla",)), again)
+    assert list(again.results) == ["tiny 3 x 40 reference"]
+
+
+@pytest.mark.parametrize("module", [correctness, decode, prefill], ids=lambda m: m.__name__)
+def test_what_is_known_is_not_found_again(monkeypatch: pytest.MonkeyPatch, module: Any):
+    if module is correctness:
+        names = [spec.name for spec in list_specs("toy")]
+        monkeypatch.setattr(large, "cases", lambda *_: [])
+        monkeypatch.setattr(changes, "check", lambda *_: None)
+    else:
+        (shape,) = module.SHAPES["toy"]
+        other = "contiguous" if module is decode else "cudnn"
+        names = [f"{shape.name} xla", f"{shape.name} {other}"]
+    record = Record()
+    module.run(dataclasses.replace(SETTINGS, known=(names[0],)), record)
+    assert list(record.results) == names[1:]
 
 
 def test_what_is_timed_in_full_is_for_the_second_backend_too():
@@ -266,107 +387,8 @@ def test_what_is_timed_in_full_is_for_the_second_backend_too():
         assert refusal(Backend.MOSAIC_GPU, **given) is None, given
 
 
-def test_the_command_resumes_and_fails_where_a_part_does(tmp_path: pathlib.Path):
-    path = tmp_path / "found.json"
-    command = [sys.executable, "-m", "benchmarks.gpu_check", "--scale", "toy", "--resume"]
-    command += ["--out", str(path), "--parts", "ceiling", "--backend"]
-    assert subprocess.run([*command, "xla"], check=False).returncode == 0
-    report = json.loads(path.read_text())
-    assert report["parts"]["ceiling"]["status"] == "done"
-    report["parts"]["ceiling"]["results"]["copy"] = {"ok": False, "error": "planted"}
-    path.write_text(json.dumps(report))
-    assert subprocess.run([*command, "xla"], check=False).returncode == 1
-    assert json.loads(path.read_text())["parts"] == report["parts"], "it ran again"
-
-
-def test_a_table_shows_what_failed_and_what_is_absent():
-    found = {
-        "status": "done",
-        "seconds": 1.0,
-        "results": {
-            "right": {"ok": True, "us": 4.0, "min_us": 3.9, "max_us": 4.1, "gbps": 1000.0},
-            "wrong": {"ok": False, "error": "over the bound", "error_norm": 0.5},
-            "absent": {"ok": True, "error": "not installed"},
-        },
-    }
-    text = "\n".join(part_lines("decode", found))
-    assert "2 ok, 1 FAILED" in text
-    assert "right: 4.0 us 1000 GB/s" in text
-    assert "FAILED wrong: over the bound" in text
-    assert "absent: none: not installed" in text
-
-
-def test_candidates_are_read_in_either_form():
-    keyed = {"6/3/16": [{"tile_tokens": 32}], "9/3/64": [{"tile_tokens": 64, "num_warps": 4}]}
-    listed = [{"heads": [6, 3, 16], "tile_tokens": 32}, {"query_rows": 16}]
-    found = [*read(keyed), *read(listed)]
-    heads = [one.pop("heads", None) for one in found]
-    assert heads == [(6, 3, 16), (9, 3, 64), (6, 3, 16), None]
-    assert found[1] == {"tile_tokens": 64, "num_warps": 4}
-
-
-def test_candidates_go_to_the_kernel_they_name(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
-):
-    path = tmp_path / "cuts.json"
-    old = {"tile_tokens": 32, "split_tokens": 256, "num_warps": 4}
-    new = {"tile_tokens": 64, "split_tokens": 256, "num_stages": 3}
-    path.write_text(json.dumps({"6/3/16": [old, {"kernel": "mosaic decode", **new}]}))
-    timed: dict[str, set[str]] = {}
-
-    def time_decode(_: Any, configs: dict[str, Any], *rest: Any, kernel: Any = None) -> Any:
-        assert rest == (settings,)
-        module = "" if kernel is None else kernel.__module__
-        timed[module] = {type(config).__name__ for config in configs.values() if config is not None}
-        return {name: {"ok": True, "us": 1.0} for name in configs}
-
-    monkeypatch.setattr(candidates, "time_decode", time_decode)
-    settings = dataclasses.replace(SETTINGS, candidates=[str(path)])
-    found: dict[str, dict] = {}
-    if missing_jax(interpreted=False) is not None:
-        with pytest.raises(ValueError, match=r"for no kernel here.*mosaic decode"):
-            candidates.run(settings, found.__setitem__)
-        return
-    candidates.run(settings, found.__setitem__)
-    assert timed == {
-        "": {"DecodeConfig"},
-        "pallas_kernels.gpu.mosaic.decode": {"MosaicDecodeConfig"},
-    }
-    assert list(found) == ["decode 6/3/16 3 x 40", "mosaic decode 6/3/16 3 x 40"]
-
-
-def test_the_cuts_for_hopper_fit_its_shared_memory():
-    cuts = list(read(json.loads(CUTS.read_text())))
-    assert {cut["kernel"] for cut in cuts} == {"mosaic decode", "mosaic prefill"}
-    for cut in cuts:
-        H = cut["heads"][2]
-        # 64 queries of 16 bits twice, and results: of float32, or twice of 16 bits.
-        shared_bytes = 2 * 64 * H * 2 + 64 * H * 4 + 1024
-        tokens = cut.get("tile_tokens", cut.get("context_tokens"))
-        shared_bytes += cut["num_stages"] * tokens * 4 * H
-        assert shared_bytes <= GPUS["sm_90a"].most_shared_bytes, cut
-
-
-@pytest.mark.skipif(missing_jax(interpreted=False) is not None, reason="it has no such kernels")
-def test_the_cuts_for_hopper_are_the_kernels_own_and_none_is_the_default():
-    from pallas_kernels.gpu.mosaic.decode import decode_config
-    from pallas_kernels.gpu.mosaic.prefill import prefill_config
-
-    cuts = list(read(json.loads(CUTS.read_text())))
-    for kernel in candidates._kernels(ON_A_GPU):
-        mine = [cut for cut in cuts if kernel.takes(cut)]
-        assert bool(mine) == kernel.name.startswith("mosaic")
-        assert kernel.takes({"num_stages": 3}) != kernel.name.startswith("mosaic"), "no name"
-        for heads in {cut["heads"] for cut in mine}:
-            default = (decode_config if "decode" in kernel.name else prefill_config)(heads[2])
-            configs = candidates._configs(kernel.config_class, mine, heads)
-            assert default not in configs.values()
-            assert len(configs) == 1 + sum(cut["heads"] == heads for cut in mine)
-            assert heads in {shape.heads for shape in kernel.shapes}
-
-
 def test_ragged_rows_own_every_block_once_and_nothing_else_is_finite():
     ragged = make_ragged([(1, 9), (3, 20)], heads=(2, 1, 4), block_size=4, dtype="float16", seed=0)
-    used = ragged.block_tables[ragged.block_tables > 0]
+    used = ragged.block_tables[ragged.block_tables < NO_BLOCK]
     assert len(set(used.tolist())) == len(used) == 8
     assert np.isfinite(ragged.pool.astype(np.float32)).sum() == (9 + 20) * 8

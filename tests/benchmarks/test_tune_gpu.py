@@ -13,7 +13,7 @@ from benchmarks import tune_gpu
 from benchmarks.aot import ROOT
 from benchmarks.gpu import candidates, decode, prefill, timing, trials
 from benchmarks.gpu.builds import ATTENTION
-from benchmarks.gpu.settings import Settings
+from benchmarks.gpu.settings import Record, Settings
 from benchmarks.gpu.topology import missing_cuda
 from benchmarks.gpu.tuning import (
     ENOUGH_BYTES,
@@ -224,8 +224,9 @@ def test_candidates_are_timed_beside_the_default(
     settings = Settings(
         backend="pallas-gpu-interpret", scale="toy", seed=1, candidates=[str(path)], read_gbps=None
     )
-    found: dict[str, dict] = {}
-    candidates.run(settings, found.__setitem__)
+    record = Record()
+    found = record.results
+    candidates.run(settings, record)
     assert list(found) == ["decode 6/3/16 3 x 40", "prefill 6/3/16 2 x 12 of 40"]
     for result, fields in zip(found.values(), (cut, prompt), strict=True):
         assert result["ok"]
@@ -301,6 +302,17 @@ def test_on_a_gpu_survivors_are_timed_once_and_the_table_has_what_is_better(
     assert older["config"] in timed[0]
     tune_gpu.main()
     assert len(timed) == 1, "what the file has is timed again"
+    records = json.loads(files["survivors"].read_text())
+    records[NAME] |= {"jax": "0.1", "times": {"NVIDIA H100 PCIe, JAX 0.1": {}}}
+    files["survivors"].write_text(json.dumps(records))
+    monkeypatch.setattr(tune_gpu, "missing_cuda", lambda: "there is no compiler")
+    tune_gpu.main()
+    assert timed[1][:2] == timed[0][:2], "another version's survivors are timed here"
+    times = json.loads(files["survivors"].read_text())[NAME]["times"]
+    assert list(times) == [
+        "NVIDIA H100 PCIe, JAX 0.1",
+        f"NVIDIA H100 PCIe, JAX {jax.__version__}",
+    ]
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--chips", "sm_80"])
     with pytest.raises(SystemExit, match="the GPU at hand, sm_90a"):
         tune_gpu.main()

@@ -52,7 +52,7 @@ def test_sinks_are_the_merges_whatever_the_splits():
 def test_decode_fits_registers_and_shared_memory(chip: str, pool_dtype: str | None):
     options = {"pool_dtype": pool_dtype}
     if (chip, pool_dtype) == ("sm_80", "float8_e4m3fn"):
-        with pytest.raises(RuntimeError, match="cannot cast from `float8_e4m3fn`"):
+        with pytest.raises(RuntimeError, match=r"capability 8\.9, this GPU has 8\.0"):
             compile_for_gpu(f"{__name__}:build_all", chip=chip, options=options)
         return
     compiled = compile_for_gpu(f"{__name__}:build_all", chip=chip, options=options)

@@ -46,7 +46,7 @@ def test_prefill_fits_registers_and_shared_memory(chip: str, pool_dtype: str | N
         compile_for_gpu, f"{__name__}:build_all", chip=chip, options=options, timeout=600
     )
     if (chip, pool_dtype) == ("sm_80", "float8_e4m3fn"):
-        with pytest.raises(RuntimeError, match="cannot cast from `float8_e4m3fn`"):
+        with pytest.raises(RuntimeError, match=r"capability 8\.9, this GPU has 8\.0"):
             build()
         return
     compiled = build()

@@ -66,8 +66,9 @@ def test_the_table_has_every_row_and_no_kernel_in_it_spills():
     assert sorted(TABLE["rows"]) == sorted(row.name for row in make_rows())
     for name, row in TABLE["rows"].items():
         chip, pool = name.split()[0], name.split()[4]
-        # Triton converts from float8 on none below 8.9.
-        assert ("reason" in row) == (chip == "sm_80" and pool == "float8_e4m3fn"), name
+        # Triton converts from float8 on none below 8.9, which copies alone do without.
+        is_converted = pool == "float8_e4m3fn" and not name.endswith("copy blocks")
+        assert ("reason" in row) == (chip == "sm_80" and is_converted), name
         for kernel in row.get("kernels", {}).values():
             assert kernel["spilled_bytes"] == 0, name
             assert kernel["shared_bytes"] <= GPUS[chip].most_shared_bytes, name

@@ -231,6 +231,17 @@ def test_an_entry_that_no_kernel_could_take_is_found(name: str, changed: dict[st
         check_entry(name, {**GOOD, "config": DECODE, **changed})
 
 
+@pytest.mark.parametrize(
+    ("capability", "tokens"),
+    [("8.0", 32), ("8.9", 32), ("9.0", 64), ("10.0", 64), ("12.0", 32), ("12.1", 32)],
+)
+def test_small_heads_take_fewer_tokens_where_matrix_instructions_are_narrow(
+    monkeypatch: pytest.MonkeyPatch, capability: str, tokens: int
+):
+    monkeypatch.setattr(ragged, "target_capability", lambda: capability)
+    assert ragged.default_config(*arrays()).context_tokens == tokens
+
+
 @needs_compiler
 def test_every_entry_compiles_without_a_spilled_register():
     assert [name for name, entry in tiles.read_table().items() if not compiles(name, entry)] == []

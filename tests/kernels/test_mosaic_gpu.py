@@ -251,6 +251,27 @@ def test_pools_that_the_kernels_do_not_take_are_refused(change: dict[str, Any], 
 
 
 @simulated
+@pytest.mark.parametrize("module", ["decode", "prefill"])
+@pytest.mark.parametrize(
+    ("tile", "block_size", "message"),
+    [
+        (192, 128, "whole blocks or a whole part of one, got 192 tokens a tile and blocks of 128"),
+        (256, 384, "whole blocks or a whole part of one, got 256 tokens a tile and blocks of 384"),
+        (512, 512, "at most 256 rows, got tiles of 512 tokens and blocks of 512"),
+    ],
+)
+def test_a_tile_that_copies_of_blocks_do_not_fill_is_refused(
+    module: str, tile: int, block_size: int, message: str
+):
+    case = make_case([(1, 5), (3, 3)], heads=(2, 1, 64), block_size=block_size)
+    attend, cut = decode, {"tile_tokens": tile, "split_tokens": tile}
+    if module == "prefill":
+        attend, cut = prefill, {"context_tokens": tile}
+    with pytest.raises(ValueError, match=message):
+        attend(case, cut=cut)
+
+
+@simulated
 @pytest.mark.parametrize(
     ("module", "name", "change", "message"),
     [

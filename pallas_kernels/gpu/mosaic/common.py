@@ -16,6 +16,7 @@ plgpu: Any = mosaic_gpu  # whose types change from one JAX to the next
 
 WARPGROUP_ROWS = 64  # of a warpgroup's matrix instruction
 SWIZZLE_LANES = 64  # of 16 bits
+MOST_COPIED_ROWS = 256  # of a copy by TMA
 SWIZZLED = (
     plgpu.TilingTransform((SWIZZLE_ROWS, SWIZZLE_LANES)),
     plgpu.SwizzleTransform(128),
@@ -28,6 +29,21 @@ COMPILER_PARAMS = plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes
 def simulator(interpret: bool) -> Any:
     """What `plgpu.kernel` is to interpret by, or None: with threads, and a look-out for races."""
     return plgpu.InterpretGPUParams(detect_races=True) if interpret else None
+
+
+def check_tile(tile_tokens: int, block_size: int) -> None:
+    """Raises ValueError for a tile that copies of a block or of a part of one do not fill."""
+    small, large = sorted((tile_tokens, block_size))
+    if large % small:
+        raise ValueError(
+            f"a tile must be whole blocks or a whole part of one, got {tile_tokens} tokens a tile "
+            f"and blocks of {block_size}; take another config"
+        )
+    if small > MOST_COPIED_ROWS:
+        raise ValueError(
+            f"a copy has at most {MOST_COPIED_ROWS} rows, got tiles of {tile_tokens} tokens and "
+            f"blocks of {block_size}; take a config of smaller tiles"
+        )
 
 
 def pieces_of(tile_tokens: int, block_size: int) -> int:

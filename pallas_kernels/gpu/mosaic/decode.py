@@ -21,6 +21,7 @@ from pallas_kernels.gpu.mosaic.common import (
     accumulate,
     accumulate_interpreted,
     by_rows,
+    check_tile,
     clear_unseen,
     column_iota,
     full_rows,
@@ -100,12 +101,13 @@ def paged_decode(
     The token is the one at position `seq_lens - 1`, and its K and V are in the pool. Slots at and
     behind `seq_lens`, slots that have left the window and blocks that no row names may hold NaN.
     `interpret` simulates the kernel and looks for races. The arrays have passed
-    `limits.check_arrays`.
+    `limits.check_arrays`; raises ValueError for a `config` whose tiles do not fit the blocks.
     """
     B, N, H = q.shape
     P, K, S, W = pool.shape
     G = N // K
     config = config or decode_config(H)
+    check_tile(config.tile_tokens, S)
     num_splits = max_splits(block_tables.shape[1] * S, config.split_tokens, window)
     items, count = list_splits(
         seq_lens, split_tokens=config.split_tokens, max_splits=num_splits, window=window

@@ -25,6 +25,7 @@ from pallas_kernels.gpu.mosaic.common import (
     accumulate,
     accumulate_interpreted,
     by_rows,
+    check_tile,
     clear_unseen,
     column_iota,
     full_rows,
@@ -91,14 +92,15 @@ def paged_prefill(
 
     Slots behind a row's length or before all its windows and blocks that no row names may hold
     NaN. Padding tokens give their own query back: where the caller has no more use for `q`, the
-    answer takes its place. The arrays have passed
-    `limits.check_arrays`.
+    answer takes its place. The arrays have passed `limits.check_arrays`; raises ValueError for a
+    `config` whose tiles do not fit the blocks.
     """
     T, N, H = q.shape
     P, K, S, W = pool.shape
     G = N // K
     has_options = any(option is not None for option in (window, soft_cap, sinks))
     config = config or prefill_config(H, has_options=has_options)
+    check_tile(config.context_tokens, S)
     tokens = WARPGROUP_ROWS // G  # of a warpgroup
     tiles = list_tiles(batch, num_tokens=T, query_tokens=COMPUTE_WARPGROUPS * tokens)
     more = []
