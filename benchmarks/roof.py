@@ -7,7 +7,6 @@ KV is its bytes at the rate at which this machine reads a large array.
 """
 
 import dataclasses
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,8 +17,7 @@ from jaxtyping import Array, Float
 
 from jpaged_models import Decoder
 
-REPEATS = 9
-READ_ELEMENTS = 2**27  # float32: half a gigabyte, more than any cache holds
+READ_BYTES = 2**29  # more than any cache holds
 
 
 class Weight(NamedTuple):
@@ -45,14 +43,16 @@ class Roof:
         return self.products_ms + self.kv_ms
 
 
-def step_roof(weights: list[Weight], *, rows: int, kv_bytes: int) -> Roof:
+def roof_of(
+    weights: list[Weight], *, rows: int, kv_bytes: int, products_ms: float, read_gbps: float
+) -> Roof:
     """The roof of a decode step with `rows` rows whose contexts take `kv_bytes`."""
     return Roof(
         weight_bytes=sum(weight.matrix.nbytes for weight in weights),
         kv_bytes=kv_bytes,
         flops=2 * rows * sum(weight.matrix.size for weight in weights),
-        products_ms=_products_ms(weights, rows),
-        kv_ms=kv_bytes / _read_gbps() / 1e6,
+        products_ms=products_ms,
+        kv_ms=kv_bytes / read_gbps / 1e6,
     )
 
 
@@ -70,18 +70,18 @@ def weights_of(decoder: Decoder) -> list[Weight]:
     return [*weights, Weight(head, axis=1)]
 
 
-def _read_gbps() -> float:
-    """10^9 bytes a second at which this machine reads one large array."""
-    x = jnp.ones(READ_ELEMENTS, jnp.float32)
+def read_large() -> Callable[[], object]:
+    """Reads READ_BYTES of one array, and waits."""
+    x = jnp.ones(READ_BYTES // 4, jnp.float32)
     total = jax.jit(jnp.sum)
-    return x.nbytes / _best_ms(lambda: total(x)) / 1e6
+    return lambda: total(x).block_until_ready()
 
 
-def _products_ms(weights: list[Weight], rows: int) -> float:
-    """All products, each after the one before it, with nothing between them."""
+def products(weights: list[Weight], rows: int) -> Callable[[], object]:
+    """Does all products, each after the one before it and with nothing between them, and waits."""
     axes = [axis for _, axis in weights]
-    rows = rows if rows > 1 or weights[0].matrix.dtype == jnp.float32 else 2  # as the models do
-
+    if rows == 1 and weights[0].matrix.dtype != jnp.float32:
+        rows = 2  # as the models do
     inputs = {
         matrix.shape[axis]: jnp.ones((rows, matrix.shape[axis]), matrix.dtype)
         for matrix, axis in weights
@@ -101,15 +101,4 @@ def _products_ms(weights: list[Weight], rows: int) -> float:
         return last
 
     matrices = [matrix for matrix, _ in weights]
-    return _best_ms(lambda: multiply(matrices, inputs))
-
-
-def _best_ms(run: Callable[[], Array]) -> float:
-    """The best of several runs: a roof is what the machine can do when it is left alone."""
-    run().block_until_ready()
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        run().block_until_ready()
-        times.append(time.perf_counter() - start)
-    return min(times) * 1e3
+    return lambda: multiply(matrices, inputs).block_until_ready()

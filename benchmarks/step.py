@@ -6,7 +6,7 @@ A paged step is the engine's whole step: plan, pack, run, fetch the tokens, comm
 step is the baseline's: run, fetch. Both attend to the same number of tokens in every row. Prompts
 are planned and given blocks but not computed, since a step's time does not depend on what the
 memory holds; the baseline's rows likewise start in the middle. With --roof, beside each paged step
-stands what it costs at least on this machine (benchmarks/roof.py), measured just before it.
+stands what it costs at least on this machine (benchmarks/roof.py), measured in the same turns.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from benchmarks import baseline_model
 from benchmarks.arguments import BLOCK_SIZES, at_least_one, repetition_penalty
 from benchmarks.baseline import Baseline
 from benchmarks.measure import CompileLog, OthersShare, provenance
-from benchmarks.roof import Weight, step_roof, weights_of
+from benchmarks.roof import READ_BYTES, Weight, products, read_large, roof_of, weights_of
 from jpaged import LLM, SamplingParams
 from jpaged.engine import Engine
 from jpaged.requests import Request
@@ -44,7 +44,7 @@ def main() -> None:
     compiles = CompileLog()
     checkpoint = open_checkpoint(options.model)
     params = baseline_model.load_params(checkpoint, dtype=options.dtype)
-    weights = None
+    weights = []
     if options.roof:
         weights = weights_of(load_decoder(checkpoint, dtype=jnp.dtype(options.dtype)))
     results = []
@@ -53,9 +53,7 @@ def main() -> None:
         f"{'of minima':>10} {'others':>7}" + (ROOF_HEADER if options.roof else "")
     )
     for batch in options.batches:
-        for result in _measure(options, checkpoint, params, batch, compiles):
-            if weights is not None:
-                result["roof"] = _roof(weights, result)
+        for result in _measure(options, checkpoint, params, weights, batch, compiles):
             results.append(result)
             print(_line(result), flush=True)
     backend = choose_backend(options.attention_backend, jax.devices()[0].platform)
@@ -115,6 +113,7 @@ def _measure(
     options: argparse.Namespace,
     checkpoint: Checkpoint,
     params: baseline_model.Params,
+    weights: list[Weight],
     batch: int,
     compiles: CompileLog,
 ) -> list[dict]:
@@ -151,26 +150,29 @@ def _measure(
             penalty = options.repetition_penalty
             paged = paged_step(llm.engine, batch, start, repetition_penalty=penalty)
             sides = [paged, _unpaged(baseline, start)]
-            for step in sides:
-                step()
+            bounds = [products(weights, batch), read_large()] if weights else []
+            for run in (*sides, *bounds):
+                run()
             compiles.events.clear()
             load = OthersShare()
-            seconds = _take_turns(sides, options)
+            seconds = _take_turns([*sides, *bounds], options)
             others_share = load.now()
             assert not compiles.events, "a step compiled while it was timed"
             held = [step() for step in sides]
             assert held == [start + num_steps + 2] * 2, f"rows hold {held} tokens, from {start} on"
-            result = _result(batch, context, *seconds, others_share)
-            result["kv_bytes"] = batch * context * sum(leaf.nbytes for leaf in pool) // slots
+            result = _result(batch, context, seconds[0], seconds[1], others_share)
+            if weights:
+                kv_bytes = batch * context * sum(leaf.nbytes for leaf in pool) // slots
+                result["roof"] = _roof(weights, result, kv_bytes, seconds[2], seconds[3])
             results.append(result)
     return results
 
 
 def _take_turns(
-    sides: list[Callable[[], int]], options: argparse.Namespace
-) -> tuple[list[float], list[float]]:
-    """The seconds of every step, either side's."""
-    seconds: tuple[list[float], list[float]] = ([], [])
+    sides: list[Callable[[], object]], options: argparse.Namespace
+) -> list[list[float]]:
+    """The seconds of every run of every side."""
+    seconds: list[list[float]] = [[] for _ in sides]
     for turn in range(options.rounds):
         for side, times in zip(sides, seconds, strict=True):
             for _ in range(options.steps):
@@ -203,14 +205,26 @@ def _result(
     }
 
 
-def _roof(weights: list[Weight], result: dict) -> dict:
-    """What the step costs at least, and the share of it in what the best step took."""
-    roof = step_roof(weights, rows=result["batch"], kv_bytes=result["kv_bytes"])
-    return {
-        **dataclasses.asdict(roof),
-        "ms": roof.ms,
-        "share": roof.ms / result["paged_min_ms"],
-    }
+def _roof(
+    weights: list[Weight],
+    result: dict,
+    kv_bytes: int,
+    products_seconds: list[float],
+    read_seconds: list[float],
+) -> dict:
+    """What the step costs at least, and its share in the best step; all are the best of their kind.
+
+    A roof is what the machine can do when it is left alone.
+    """
+    roof = roof_of(
+        weights,
+        rows=result["batch"],
+        kv_bytes=kv_bytes,
+        products_ms=min(products_seconds) * 1e3,
+        read_gbps=READ_BYTES / min(read_seconds) / 1e9,
+    )
+    share = roof.ms / result["paged_min_ms"]
+    return {**dataclasses.asdict(roof), "ms": round(roof.ms, 2), "share": round(share, 3)}
 
 
 def paged_step(

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.roof import step_roof, weights_of
+from benchmarks.roof import products, roof_of, weights_of
 from tests.helpers import tiny_config, tiny_decoder
 
 
@@ -14,15 +14,14 @@ def test_every_matrix_counts_once_and_nothing_else_does():
     weights = weights_of(tiny_decoder(seed=1))
     per_layer = D * K * (G + 2) * H + K * G * H * D + D * 2 * F + F * D
     assert sum(weight.matrix.size for weight in weights) == L * per_layer + V * D
-    roof = step_roof(weights, rows=5, kv_bytes=1000)
+    roof = roof_of(weights, rows=5, kv_bytes=3_000_000, products_ms=7.0, read_gbps=2.0)
     assert roof.weight_bytes == 4 * (L * per_layer + V * D)
     assert roof.flops == 2 * 5 * (L * per_layer + V * D)
-    assert roof.ms == pytest.approx(roof.products_ms + roof.kv_ms)
-    assert min(roof.products_ms, roof.kv_ms) > 0
+    assert roof.ms == pytest.approx(7.0 + 1.5)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_products_of_either_width_run(rows: int):
+def test_products_of_any_width_run(rows: int, dtype: type):
     weights = weights_of(tiny_decoder(seed=1))
-    narrow = [weight._replace(matrix=weight.matrix.astype(jnp.bfloat16)) for weight in weights]
-    assert step_roof(narrow, rows=rows, kv_bytes=0).products_ms > 0
+    products([weight._replace(matrix=weight.matrix.astype(dtype)) for weight in weights], rows)()
