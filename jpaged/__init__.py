@@ -7,6 +7,7 @@ from jpaged.generate import generate, shutdown
 if TYPE_CHECKING:
     from jpaged.async_llm import AsyncLLM
     from jpaged.beams import BeamSearchParams
+    from jpaged.chrome_trace import save_trace
     from jpaged.errors import EngineFailedError, JpagedError, OutOfBlocksError, QueueFullError
     from jpaged.llm import LLM
     from jpaged.outputs import CompletionOutput, Logprob, RequestOutput
@@ -31,6 +32,7 @@ _HOMES = {  # loaded when first used: importing jpaged loads no flax and touches
     "SamplingParams": "jpaged.params",
     "Snapshot": "jpaged.snapshot",
     "Stats": "jpaged.stats",
+    "save_trace": "jpaged.chrome_trace",
     "show": "jpaged.picture",
 }
 
@@ -49,6 +51,7 @@ __all__ = [
     "Snapshot",
     "Stats",
     "generate",
+    "save_trace",
     "show",
     "shutdown",
 ]

@@ -250,6 +250,7 @@ class LLM:
         end since the trace began and `seconds` it took; rows `running` in it and sequences
         `waiting` after it; `tokens` computed, in `prefills` and `decodes` rows; blocks, `waste` and
         `saving` as `stats()` means them, while it ran; and its own share of the totals there.
+        `jpaged.save_trace(steps, path)` makes a timeline of it.
         """
         return self._desk.recorder.trace()
 

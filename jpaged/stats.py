@@ -65,7 +65,12 @@ class Stats:
     that sharing saves, now; `mean_saving` weighs every step by the blocks in those tables.
     `hit_rate` is the share of tokens found in the prefix cache when their sequences started. All
     are 0 where nothing was held or started. `computed_tokens` counts what the steps ran, so it
-    exceeds the tokens known by what was computed again after a preemption or a failed step.
+    exceeds the tokens known by what was computed again after a preemption or a failed step, and by
+    one for each sequence that ended while its next step was running.
+
+    Of the host's time in steps, `schedule_seconds` went into plans, `send_seconds` into packing
+    them and starting the device, `commit_seconds` into taking in tokens, all while the device was
+    computing, and `wait_seconds` into waiting for it.
     """
 
     running: int
@@ -93,6 +98,10 @@ class Stats:
     swapped_in_blocks: int
     compiles: int
     lazy_compiles: int
+    schedule_seconds: float
+    send_seconds: float
+    wait_seconds: float
+    commit_seconds: float
 
 
 def collect_stats(scheduler: "Scheduler", *, compiles: int = 0, lazy_compiles: int = 0) -> Stats:
@@ -130,6 +139,10 @@ def collect_stats(scheduler: "Scheduler", *, compiles: int = 0, lazy_compiles: i
         swapped_in_blocks=counters.swapped_in_blocks,
         compiles=compiles,
         lazy_compiles=lazy_compiles,
+        schedule_seconds=counters.schedule_seconds,
+        send_seconds=counters.send_seconds,
+        wait_seconds=counters.wait_seconds,
+        commit_seconds=counters.commit_seconds,
     )
 
 

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from jpaged.scheduler import Scheduler
 from jpaged.stats import Counters, missing
@@ -68,7 +68,7 @@ def _figures(scheduler: Scheduler, before: Counters) -> StepRecord:
     """One step's figures; the pool's are those while it ran, before anything was freed."""
     counters, config = scheduler.counters, scheduler.config
 
-    def grown(name: str) -> int:
+    def grown(name: str) -> Any:
         return getattr(counters, name) - getattr(before, name)
 
     blocks_used = grown("held_slots") // config.block_size
@@ -92,4 +92,8 @@ def _figures(scheduler: Scheduler, before: Counters) -> StepRecord:
         "swapped_in_blocks": grown("swapped_in_blocks"),
         "preemptions": grown("preemptions"),
         "recoveries": grown("recoveries"),
+        "schedule_seconds": grown("schedule_seconds"),
+        "send_seconds": grown("send_seconds"),
+        "wait_seconds": grown("wait_seconds"),
+        "commit_seconds": grown("commit_seconds"),
     }
