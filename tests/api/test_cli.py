@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 from typing import Any
@@ -147,6 +148,15 @@ def test_demo_prints_every_answer_and_the_figures(tiny_model_dir, capsys):
     assert all(word in figures for word in ("tokens/s", "peak blocks", "waste", "compiles"))
     assert model == f"model: {tiny_model_dir}"
     assert "generating" in err
+
+
+def test_warmup_compiles_every_common_program(tiny_model_dir, capsys):
+    assert cli.main(["warmup", str(tiny_model_dir), *SMALL[:-1]]) == 0
+    out, _ = capsys.readouterr()
+    with LLM(tiny_model_dir, **LLM_OPTIONS | {"max_num_seqs": 3}) as llm:
+        llm.engine.runner.warm_up()
+        num_programs = llm.stats().compiles
+    assert re.match(rf"{tiny_model_dir}: {num_programs} programs in \d+\.\d s, .*; kept ", out)
 
 
 def test_help_loads_no_jax():
