@@ -8,10 +8,13 @@ import re
 from jpaged.beams import BeamSearchParams
 from jpaged.config import MAX_BLOCK_SIZE, MIN_BLOCK_SIZE
 from jpaged.params import SamplingParams
+from pallas_kernels import Backend
 
 BLOCK_SIZES = tuple(
     size for size in range(MIN_BLOCK_SIZE, MAX_BLOCK_SIZE + 1) if not size & (size - 1)
 )
+
+BACKENDS = ("auto", *(backend.value for backend in Backend))  # of attention
 
 
 def at_least_one(text: str) -> int:
@@ -23,6 +26,16 @@ def at_least_one(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
     return number
+
+
+def at_least_zero(text: str) -> int:
+    """A number of things, or none."""
+    if text.strip() == "0":
+        return 0
+    try:
+        return at_least_one(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}") from None
 
 
 def above_zero(text: str) -> float:

@@ -75,11 +75,7 @@ class Baseline:
     ) -> list[list[int]]:
         """Each prompt's greedy continuation, ended by `max_tokens` or by an end-of-text token."""
         for prompt, limit in zip(prompts, max_tokens, strict=True):
-            if not prompt or limit < 1 or len(prompt) + limit > self.reserved:
-                raise ValueError(
-                    f"a row holds 1 to {self.reserved} tokens, got a prompt of {len(prompt)} and "
-                    f"max_tokens {limit}; raise reserved"
-                )
+            self.check_lengths(len(prompt), limit)
         stop_ids = self.stop_ids(ignore_eos)
         outputs = []
         for first in range(0, len(prompts), self.num_rows):
@@ -104,6 +100,34 @@ class Baseline:
         ids = np.array([*self.config.eos_token_ids, -1], np.int32)
         return np.full_like(ids, -1) if ignore_eos else ids
 
+    def check_lengths(self, num_prompt: int, limit: int) -> None:
+        """Raises ValueError for what a row could not hold."""
+        if num_prompt < 1 or limit < 1 or num_prompt + limit > self.reserved:
+            raise ValueError(
+                f"a row holds 1 to {self.reserved} tokens, got a prompt of {num_prompt} and "
+                f"max_tokens {limit}; raise reserved"
+            )
+
+    def empty_rows(self) -> Rows:
+        """All rows, none of them in use."""
+        return Rows(*(jnp.zeros(self.num_rows, jnp.int32) for _ in range(3)))
+
+    def start_row(
+        self,
+        rows: Rows,
+        row: int,
+        prompt: list[int],
+        limit: int,
+        stop_ids: Int32[np.ndarray, " E"],
+    ) -> Rows:
+        """The rows with a prompt and its first token in `row`; `rows` is donated."""
+        length = np.int32(len(prompt))
+        all_kv, logits = _prefill(self.params, self._pad(prompt), length, config=self.config)
+        self._caches, rows = _start_row(
+            self._caches, rows, all_kv, logits, length, np.int32(row), np.int32(limit), stop_ids
+        )
+        return rows
+
     def rows_at(self, context: int) -> Rows:
         """All rows with `context` tokens in the cache and no limit: for timing `step` alone."""
         if context >= self.reserved:
@@ -127,14 +151,10 @@ class Baseline:
         stop_ids: Int32[np.ndarray, " E"],
     ) -> list[list[int]]:
         """One static batch, from its prompts to the end of its last row."""
-        rows = Rows(*(jnp.zeros(self.num_rows, jnp.int32) for _ in range(3)))
+        rows = self.empty_rows()
         for row, (prompt, limit) in enumerate(zip(prompts, max_tokens, strict=True)):
             # Row by row: padding a batch to its longest prompt would double the work.
-            length = np.int32(len(prompt))
-            all_kv, logits = _prefill(self.params, self._pad(prompt), length, config=self.config)
-            self._caches, rows = _start_row(
-                self._caches, rows, all_kv, logits, length, np.int32(row), np.int32(limit), stop_ids
-            )
+            rows = self.start_row(rows, row, prompt, limit, stop_ids)
         outputs = [[] for _ in prompts]
         live = np.arange(self.num_rows) < len(prompts)
         while True:

@@ -131,7 +131,7 @@ def _processor() -> str:
 
 
 def _others_cpu_seconds() -> float | None:
-    """Processor seconds that other processes have used since the start; Linux only."""
+    """Processor seconds that others than this process and its children have used; Linux only."""
     stat = pathlib.Path("/proc/stat")
     if not stat.exists():
         return None
@@ -139,4 +139,4 @@ def _others_cpu_seconds() -> float | None:
         int(field) for field in stat.read_text().split(maxsplit=9)[1:9]
     )
     busy = user + nice + system + irq + softirq + steal
-    return busy / os.sysconf("SC_CLK_TCK") - time.process_time()
+    return busy / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])

@@ -55,16 +55,31 @@ def test_no_plan_is_made_that_would_preempt_before_the_tokens_are_known():
 
 
 def test_a_token_reaches_one_that_has_lost_its_row_since():
-    scheduler = make_scheduler(num_blocks=6, max_num_batched_tokens=40)
-    low = make_request("low", 15, max_tokens=9, priority=1)
-    scheduler.add(low)
+    """Who comes last may be preempted with a token in flight, when others share the blocks out.
+
+    `q` overtakes `p`, whose prompt then goes on; `r`, of a better priority, takes cached blocks
+    that `p` was to have.
+    """
+    scheduler = make_scheduler(num_blocks=13, max_num_batched_tokens=24)
+    for name, tail in (("warms q", [0]), ("warms r", [4] * 24 + [0])):
+        num_shared = 16 if name == "warms q" else 0
+        scheduler.add(make_request(name, num_shared, tail=tail, max_tokens=1))
+        run_to_end(scheduler)
+    p = make_request("p", 0, tail=[3] * 60, seed=2)
+    q = make_request("q", 16, tail=[2], seed=3, max_tokens=20)
+    r = make_request("r", 0, tail=[4] * 24 + [2], seed=4, priority=-1)
+    scheduler.add(p)
+    scheduler.add(q)
     assert scheduler.schedule() is not None
-    # Of a better priority, and so long that there is no room for both.
-    high = make_request("high", 30, tail=[5], seed=9, max_tokens=9)
-    scheduler.add(high)
+    scheduler.add(r)
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert plan.preempted == tuple(q.sequences)
+    assert q.sequences[0].num_in_flight == 1
+    check(scheduler, plan)
     while scheduler.has_work:
         step_ahead(scheduler)
-    for request in (low, high):
+    for request in (p, q, r):
         assert_undisturbed(request.sequences[0], 70)
 
 
