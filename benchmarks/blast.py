@@ -127,11 +127,12 @@ class Life:
         self.counts["searches"] += 1
 
     def step(self) -> None:
-        """Plans, checks the plan, commits."""
-        plan = self.scheduler.schedule()
-        if plan is not None:
+        """Plans, checks the plan, commits the oldest; every other time one more stays in flight."""
+        most = self.rng.choice([1, 2])
+        while len(self.scheduler.in_flight) < most and (plan := self.scheduler.schedule()):
             check(self.scheduler, plan)
-            self._commit(plan)
+        if self.scheduler.in_flight:
+            self._commit(self.scheduler.in_flight[0])
             self.counts["steps"] += 1
 
     def abort(self) -> None:
@@ -146,7 +147,8 @@ class Life:
         if plan is not None:
             self.scheduler.abort(self.rng.choice(list(self.known)))
             check(self.scheduler, plan)
-            self._commit(plan)
+            for plan in self.scheduler.in_flight:
+                self._commit(plan)
             self.counts["aborted in a step"] += 1
 
     def fail_a_step(self) -> None:

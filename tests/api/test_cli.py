@@ -153,7 +153,8 @@ def test_demo_prints_every_answer_and_the_figures(tiny_model_dir, capsys):
 def test_warmup_compiles_every_common_program(tiny_model_dir, capsys):
     assert cli.main(["warmup", str(tiny_model_dir), *SMALL[:-1]]) == 0
     out, _ = capsys.readouterr()
-    with LLM(tiny_model_dir, **LLM_OPTIONS | {"max_num_seqs": 3}) as llm:
+    options: dict[str, Any] = LLM_OPTIONS | {"max_num_seqs": 3}
+    with LLM(tiny_model_dir, **options) as llm:
         llm.engine.runner.warm_up()
         num_programs = llm.stats().compiles
     assert re.match(rf"{tiny_model_dir}: {num_programs} programs in \d+\.\d s, .*; kept ", out)

@@ -28,7 +28,7 @@ PARAMS = [
     SamplingParams(temperature=0.9, seed=4, n=2, max_tokens=17, ignore_eos=True),
     SamplingParams(temperature=0.7, seed=5, top_p=0.9, max_tokens=5, ignore_eos=True),
 ]
-NUM_POINTS = 250  # seeded points of each kind
+NUM_POINTS = 120  # seeded points of each kind
 
 Tokens = list[list[list[int]]]  # of each request, of each of its sequences
 

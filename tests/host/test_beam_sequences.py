@@ -238,7 +238,7 @@ def test_an_exception_at_any_bytecode_loses_no_beam_and_no_block():
     assert_all_well(whole[1])
     assert whole[0].counters.preemptions > 0
     rng = random.Random(5)
-    for after in rng.sample(range(count[0]), 250):
+    for after in rng.sample(range(count[0]), 120):
         scheduler, requests = scene()
         try:
             with interrupt(after):
