@@ -359,12 +359,20 @@ def _norm(x: Float[Array, "*dims D"], weight: Float[Array, " D"], eps: float) ->
 
 
 def _linear(linear: Linear, x: Float[Array, "T I"]) -> Float[Array, "T O"]:
-    y = _product("TI,IO->TO", x, linear.weight)
+    y = _rows_product("TI,IO->TO", x, linear.weight)
     return (y if linear.bias is None else y + linear.bias[None, :]).astype(x.dtype)
 
 
 def _logits(params: Params, x: Float[Array, "T D"]) -> Float[Array, "T V"]:
-    return _product("TD,VD->TV", x, params.head)
+    return _rows_product("TD,VD->TV", x, params.head)
+
+
+def _rows_product(formula: str, x: Float[Array, "T A"], weight: Array) -> Array:
+    """Rows times a weight; a single one of bfloat16, at which XLA's CPU is slow, goes as two."""
+    T = x.shape[0]
+    if T == 1 and x.dtype != jnp.float32:
+        x = jnp.concatenate([x, jnp.zeros_like(x)])
+    return _product(formula, x, weight)[:T]
 
 
 def _product(formula: str, a: Array, b: Array) -> Array:
