@@ -10,7 +10,8 @@ class Draft:
     """The rows and copies so far, what is left of the budget, and who can be forked.
 
     `leads` are the rows that end a prompt: others of their request may begin from what they have.
-    Of the sequences that start, `num_queried` tokens were looked up and `num_hit` found.
+    Of the sequences that start, `num_queried` tokens were looked up and `num_hit` found. Whoever
+    is added is at once what the step will have made of it.
     """
 
     def __init__(self, budget: int) -> None:
@@ -22,6 +23,7 @@ class Draft:
         self.swap_ins: list[tuple[int, int]] = []
         self.leads: list[ScheduledRow] = []
         self.num_queried = self.num_hit = 0
+        self.is_awaited = False
 
     def add(
         self,
@@ -51,7 +53,7 @@ class Draft:
             feeds_back,
         )
         self.num_left -= num_tokens
-        self.rows.append(row)
+        self._append(row)
         if samples and not feeds_back and not sequence.num_output_tokens:
             self.leads.append(row)
 
@@ -69,7 +71,17 @@ class Draft:
             feeds_back=False,
             forked=lead.row,
         )
+        self._append(row)
+
+    def _append(self, row: ScheduledRow) -> None:
+        sequence = row.sequence
         self.rows.append(row)
+        sequence.num_computed_tokens = row.start + row.num_tokens
+        if row.samples and sequence.request.search is None:  # whose tokens the host picks
+            sequence.num_in_flight += 1
+            sequence.last_token_on_device = True
+        if sequence.request.needs_known_tokens:
+            self.is_awaited = True
 
     def plan(self, use: PoolUse) -> StepPlan:
         """The step, with the rows that have one token in front."""
@@ -88,5 +100,6 @@ class Draft:
             swap_ins=tuple(self.swap_ins),
             num_queried=self.num_queried,
             num_hit=self.num_hit,
+            is_awaited=self.is_awaited,
             use=use,
         )

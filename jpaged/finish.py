@@ -5,9 +5,7 @@ from collections.abc import Container
 from jpaged.requests import FinishReason, Sequence
 
 
-def settle(
-    sequence: Sequence, max_model_len: int, eos_token_ids: Container[int], *, again: bool = False
-) -> None:
+def settle(sequence: Sequence, eos_token_ids: Container[int], *, again: bool = False) -> None:
     """Brings the text up to the newest token, and ends the sequence if that token says so.
 
     Safe to repeat; `again` starts the text and the sums over, in case a call was cut short.
@@ -28,16 +26,10 @@ def settle(
     matched = _feed(sequence, whole=reason is None or params.include_stop_str_in_output)
     if matched is not None:
         reason, stop_reason = "stop", matched
-    elif reason is None and is_long_enough(sequence, sequence.num_tokens, max_model_len):
+    elif reason is None and len(sequence.token_ids) >= sequence.max_num_tokens:
         reason = "length"
     if reason is not None:
         finish(sequence, reason, stop_reason)
-
-
-def is_long_enough(sequence: Sequence, num_tokens: int, max_model_len: int) -> bool:
-    """Whether a sequence of so many tokens has come to its end, whatever they are."""
-    max_tokens = sequence.request.params.max_tokens
-    return num_tokens >= max_model_len or num_tokens - sequence.num_prompt_tokens == max_tokens
 
 
 def finish(sequence: Sequence, reason: FinishReason, stop_reason: int | str | None = None) -> None:

@@ -3,7 +3,6 @@
 import collections
 
 from jpaged.blocks import NULL_BLOCK
-from jpaged.finish import is_long_enough
 from jpaged.plan import ScheduledRow, StepPlan
 from jpaged.prefix_cache import chain_digests, root_digest
 from jpaged.requests import MAX_OVERTAKEN, Sequence
@@ -150,7 +149,7 @@ def _check_plan(scheduler: Scheduler, plan: StepPlan) -> None:
     _require(plan.num_decodes == lengths.count(1), f"6: num_decodes is {plan.num_decodes}")
     _require(set(lengths[: plan.num_decodes]) <= {1}, f"6: rows out of order: {lengths}")
     planned = {row.sequence for row in plan.rows}
-    unpaused = [s for s in scheduler.running if s.candidates is None and not _is_over(scheduler, s)]
+    unpaused = [s for s in scheduler.running if s.candidates is None and not _is_over(s)]
     _require(planned.issuperset(unpaused), "6: a running sequence gets no token")
     for row in plan.rows:
         sequence = row.sequence
@@ -162,7 +161,7 @@ def _check_plan(scheduler: Scheduler, plan: StepPlan) -> None:
         num_before = sequence.num_all_tokens - is_sampled
         _require(row.samples == (row.seq_len == num_before), "6: wrong about sampling")
         _require(
-            not is_long_enough(sequence, num_before, config.max_model_len),
+            num_before < sequence.max_num_tokens or sequence.request.search is not None,
             f"6: a sequence of {num_before} tokens gets one that it cannot keep",
         )
         _require(
@@ -172,10 +171,9 @@ def _check_plan(scheduler: Scheduler, plan: StepPlan) -> None:
     _check_writes(scheduler, plan)
 
 
-def _is_over(scheduler: Scheduler, sequence: Sequence) -> bool:
+def _is_over(sequence: Sequence) -> bool:
     """Whether the sequence ends with the tokens in flight, whatever they are."""
-    num_tokens, most = sequence.num_all_tokens, scheduler.config.max_model_len
-    return sequence.num_in_flight > 0 and is_long_enough(sequence, num_tokens, most)
+    return sequence.num_in_flight > 0 and sequence.num_all_tokens >= sequence.max_num_tokens
 
 
 def _check_writes(scheduler: Scheduler, plan: StepPlan) -> None:

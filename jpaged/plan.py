@@ -52,7 +52,8 @@ class StepPlan:
     sources of `copies`, (source, destination) blocks, and then their destinations written; then
     `swap_ins`, (host block, block) pairs, of blocks that earlier steps left there. `preempted`
     sequences lost their row and blocks while the step was planned. Of those that start, the prefix
-    cache was asked for `num_queried` tokens and had `num_hit`.
+    cache was asked for `num_queried` tokens and had `num_hit`. Where it `is_awaited`, the next step
+    cannot be planned before this one's tokens are known.
     """
 
     rows: tuple[ScheduledRow, ...]
@@ -64,6 +65,7 @@ class StepPlan:
     swap_ins: tuple[tuple[int, int], ...] = ()
     num_queried: int = 0
     num_hit: int = 0
+    is_awaited: bool = False
     use: PoolUse = NOTHING_USED
 
     @property

@@ -7,7 +7,6 @@ from jpaged.admission import Admission
 from jpaged.blocks import BlockPool
 from jpaged.config import EngineConfig
 from jpaged.draft import Draft
-from jpaged.finish import is_long_enough
 from jpaged.plan import PoolUse, ScheduledRow, StepPlan
 from jpaged.prefix_cache import PrefixCache
 from jpaged.requests import Sequence
@@ -62,15 +61,15 @@ class Planner:
         Not if what some sequence may do next depends on them, and not where somebody would be
         preempted: those whom these tokens end may leave blocks enough.
         """
-        if any(row.sequence.request.needs_known_tokens for row in plan.rows):
+        if plan.is_awaited:
             return False
         most = 2 * len(self.running) + self.config.max_num_batched_tokens // self.config.block_size
         return most <= self.pool.num_free or self._num_wanted <= self.pool.num_free
 
-    def take_in(self, sequence: Sequence) -> None:
-        """Makes known the block that the newest token fills, where a planned step writes it."""
+    def take_in_block(self, sequence: Sequence) -> None:
+        """Makes known the block that the newest token fills, if a step in flight writes it."""
         end = sequence.num_tokens
-        if sequence.num_computed_tokens == end and end % self.config.block_size == 0:
+        if sequence.num_computed_tokens == end:
             self._register(sequence, end - 1, end)
 
     def drop(self, finished: list[Sequence]) -> None:
@@ -96,10 +95,10 @@ class Planner:
         for sequence in list(self.running):
             if sequence.row is None:  # preempted just now
                 continue
-            start = sequence.num_computed_tokens
-            num_tokens = sequence.num_all_tokens - start
-            if not num_tokens or self._ends_in_flight(sequence):
-                continue  # a beam that waits for the others of its search, or one that is over
+            start, num_all = sequence.num_computed_tokens, sequence.num_all_tokens
+            num_tokens = num_all - start
+            if not num_tokens or (sequence.num_in_flight and num_all >= sequence.max_num_tokens):
+                continue  # a beam that waits for others, or one that ends with what is in flight
             if num_tokens > 1:
                 self._admit_waiting(draft, before=sequence)
                 num_tokens = min(num_tokens, 1 + self._num_spare(draft))
@@ -116,21 +115,16 @@ class Planner:
             if start // size < end // size:
                 self._register(sequence, start, end)
 
-    def _ends_in_flight(self, sequence: Sequence) -> bool:
-        num_tokens = sequence.num_all_tokens
-        return sequence.num_in_flight > 0 and is_long_enough(
-            sequence, num_tokens, self.config.max_model_len
-        )
-
     @property
     def _num_wanted(self) -> int:
         """Blocks that the running sequences want in the next step, and at most."""
         pool, config, count = self.pool, self.config, 0
         for sequence in self.running:
-            if not self._ends_in_flight(sequence):
-                start = sequence.num_computed_tokens
-                end = min(sequence.num_all_tokens, start + config.max_num_batched_tokens)
-                count += num_new_blocks(pool, sequence, end, config) if end > start else 0
+            start, num_all = sequence.num_computed_tokens, sequence.num_all_tokens
+            ends = sequence.num_in_flight and num_all >= sequence.max_num_tokens
+            if start < num_all and not ends:
+                end = min(num_all, start + config.max_num_batched_tokens)
+                count += num_new_blocks(pool, sequence, end, config)
         return count
 
     def _num_spare(self, draft: Draft) -> int:

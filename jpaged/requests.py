@@ -21,6 +21,9 @@ class Request:
     A lower `priority` runs first. `arrival` is set by `Scheduler.add`, and orders those of one
     priority. `bad_word_ids` are the parameters' `bad_words` as token ids.
 
+    `needs_known_tokens` says that after a step of it the host must know all tokens before it can
+    plan the next one.
+
     With a `search`, the sequences are its live beams, place by place, and once it is over the best
     that it found. It alone says what was generated; the sequences follow it, and can be made anew.
     """
@@ -37,8 +40,11 @@ class Request:
     sequences: "list[Sequence]" = dataclasses.field(default_factory=list, repr=False)
     num_failures: int = 0
     error: BaseException | None = None
+    needs_known_tokens: bool = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
+        longer_words = any(len(ids) > 1 for ids in self.bad_word_ids)
+        self.needs_known_tokens = self.search is not None or longer_words
         if not self.sequences:
             self.sequences = [Sequence(self, index) for index in range(self.params.num_sequences)]
 
@@ -46,11 +52,6 @@ class Request:
     def finished(self) -> bool:
         """Whether every sequence has ended."""
         return all(sequence.finished for sequence in self.sequences)
-
-    @property
-    def needs_known_tokens(self) -> bool:
-        """Whether the host must know all tokens so far before the next step can be planned."""
-        return self.search is not None or any(len(ids) > 1 for ids in self.bad_word_ids)
 
     @property
     def num_together(self) -> int:
@@ -77,9 +78,10 @@ class Sequence:
     `is_forked` say what the device holds of it when it has done all steps that are planned; they
     can all be thrown away and computed again from `token_ids`. `num_in_flight` more tokens are
     sampled by planned steps and not yet known here; they come even to one that has lost its row
-    since. While it waits, `patience` says how often it may still be overtaken, and
-    `num_hit_blocks` how much of its prefix the cache had last. A beam that has `candidates` waits,
-    with all that it holds, for the others of its search.
+    since. With `max_num_tokens` it ends, whatever they are; `Scheduler.add` sets that. While it
+    waits, `patience` says how often it may still be overtaken, and `num_hit_blocks` how much of its
+    prefix the cache had last. A beam that has `candidates` waits, with all that it holds, for the
+    others of its search.
     """
 
     request: Request = dataclasses.field(repr=False)
@@ -90,6 +92,7 @@ class Sequence:
     row: int | None = None
     last_token_on_device: bool = False
     num_in_flight: int = 0
+    max_num_tokens: int = 0
     is_forked: bool = False  # the device does not know yet that the row has another's table
     candidates: Candidates | None = dataclasses.field(default=None, repr=False)
     patience: int = MAX_OVERTAKEN

@@ -97,6 +97,7 @@ class Scheduler:
         request.arrival = self._num_arrivals
         self._num_arrivals += 1
         for sequence in request.sequences:
+            sequence.max_num_tokens = self._max_num_tokens(request)
             self.waiting.add(sequence)
         self.counters.prompt_tokens += len(request.prompt_token_ids)
         self.requests[request.request_id] = request  # last: from here on the request is ours
@@ -139,12 +140,6 @@ class Scheduler:
         self.pool.cache.settle()
         plan = self._planner.plan()
         if plan is not None:
-            for row in plan.rows:
-                sequence = row.sequence
-                sequence.num_computed_tokens = row.seq_len
-                if row.samples and sequence.request.search is None:
-                    sequence.num_in_flight += 1
-                    sequence.last_token_on_device = True
             self._in_flight.append(plan)
         self._torn = False
         return plan
@@ -195,7 +190,7 @@ class Scheduler:
         beam_sequences.follow(request, self.pool)
         ended = [sequence for sequence in request.sequences if sequence.hypothesis is not None]
         for sequence in ended:
-            settle(sequence, self.config.max_model_len, self.eos_token_ids, again=True)
+            settle(sequence, self.eos_token_ids, again=True)
         self._drop_finished(ended)
         self._torn = False
         return ended
@@ -240,7 +235,7 @@ class Scheduler:
                 sequence.forget_device()
                 sequence.num_in_flight = 0
                 if not sequence.finished:
-                    settle(sequence, self.config.max_model_len, self.eos_token_ids, again=True)
+                    settle(sequence, self.eos_token_ids, again=True)
                 if sequence.finished:
                     found.append(sequence)
                 else:
@@ -256,6 +251,10 @@ class Scheduler:
         if self._torn:
             self.recover()
 
+    def _max_num_tokens(self, request: Request) -> int:
+        most, max_tokens = self.config.max_model_len, request.params.max_tokens
+        return most if max_tokens is None else min(most, len(request.prompt_token_ids) + max_tokens)
+
     def _start_over(self) -> None:
         """Makes all that is held free, and both queues empty."""
         self._in_flight: collections.deque[StepPlan] = collections.deque()
@@ -268,9 +267,9 @@ class Scheduler:
         sequence.token_ids.append(token)
         sequence.num_in_flight -= 1
         self.counters.generated_tokens += 1
-        settle(sequence, self.config.max_model_len, self.eos_token_ids)
-        if not sequence.finished:
-            self._planner.take_in(sequence)
+        settle(sequence, self.eos_token_ids)
+        if len(sequence.token_ids) % self.config.block_size == 0 and not sequence.finished:
+            self._planner.take_in_block(sequence)
 
     def _end(self, requests: list[Request], reason: FinishReason) -> list[Sequence]:
         self.mend()
@@ -278,7 +277,7 @@ class Scheduler:
         ended = [s for request in requests for s in request.sequences if not s.finished]
         for sequence in ended:
             if sequence.request.search is not None:  # beams have no text before they end
-                settle(sequence, self.config.max_model_len, self.eos_token_ids, again=True)
+                settle(sequence, self.eos_token_ids, again=True)
             finish(sequence, reason)
         self._drop_finished(ended)
         self._torn = False
