@@ -21,9 +21,6 @@ class Request:
     A lower `priority` runs first. `arrival` is set by `Scheduler.add`, and orders those of one
     priority. `bad_word_ids` are the parameters' `bad_words` as token ids.
 
-    `needs_known_tokens` says that after a step of it the host must know all tokens before it can
-    plan the next one.
-
     With a `search`, the sequences are its live beams, place by place, and once it is over the best
     that it found. It alone says what was generated; the sequences follow it, and can be made anew.
     """
@@ -40,11 +37,8 @@ class Request:
     sequences: "list[Sequence]" = dataclasses.field(default_factory=list, repr=False)
     num_failures: int = 0
     error: BaseException | None = None
-    needs_known_tokens: bool = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
-        longer_words = any(len(ids) > 1 for ids in self.bad_word_ids)
-        self.needs_known_tokens = self.search is not None or longer_words
         if not self.sequences:
             self.sequences = [Sequence(self, index) for index in range(self.params.num_sequences)]
 
@@ -52,6 +46,13 @@ class Request:
     def finished(self) -> bool:
         """Whether every sequence has ended."""
         return all(sequence.finished for sequence in self.sequences)
+
+    @property
+    def needs_known_tokens(self) -> bool:
+        """Whether the host must know a step's tokens before it can plan the one after it."""
+        if self.search is not None:
+            return True
+        return bool(self.bad_word_ids) and any(len(ids) > 1 for ids in self.bad_word_ids)
 
     @property
     def num_together(self) -> int:
