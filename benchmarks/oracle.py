@@ -140,13 +140,35 @@ def _columns(pairs: Iterable[tuple[int, int]]) -> tuple[list[int], list[int]]:
 
 
 class WatchedScheduler(Scheduler):
-    """A scheduler whose every committed plan the oracle has run."""
+    """A scheduler whose plans the oracle runs in order, as a device does what it was sent.
+
+    That is when their tokens are taken in; of those that nobody waits for any more, before the next
+    is planned.
+    """
 
     def __init__(self, config: EngineConfig, **options: object) -> None:
         super().__init__(config, **options)  # pyright: ignore[reportArgumentType]
         self.oracle = Oracle(config)
+        self._sent: list[StepPlan] = []
+
+    def schedule(self) -> StepPlan | None:
+        """As a scheduler does."""
+        self.mend()
+        while self._sent and self._sent[0] not in self.in_flight:
+            self.oracle.run(self._sent.pop(0), self.running)
+        plan = super().schedule()
+        if plan is not None:
+            self._sent.append(plan)
+        return plan
 
     def commit(self, plan: StepPlan, *args: Any, **options: Any) -> list[Sequence]:
         """As a scheduler does, once the oracle has run the plan."""
-        self.oracle.run(plan, self.running)
+        if plan in self._sent:
+            self._sent.remove(plan)
+            self.oracle.run(plan, self.running)
         return super().commit(plan, *args, **options)
+
+    def recover(self) -> list[Sequence]:
+        """As a scheduler does: what was sent may be lost, and counts for nothing."""
+        self._sent = []
+        return super().recover()
