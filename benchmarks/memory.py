@@ -236,6 +236,8 @@ def _cost(options: argparse.Namespace) -> dict:
         f"\nhost, medians of {options.repeats}\n"
         f"  schedule() with 256 decodes {cost.schedule_ms:.3f} ms"
         f"{_verdict(cost.schedule_ms <= 0.5)}; commit() {cost.commit_ms:.3f} ms\n"
+        f"  ahead of a step in flight {cost.schedule_ahead_ms:.3f} ms; the plan as arrays "
+        f"{cost.pack_ms:.3f} ms\n"
         f"  with 10,000 waiting for rows {cost.schedule_queued_ms:.3f} ms, for blocks "
         f"{cost.schedule_blocked_ms:.3f} ms{_verdict(worst < 1.1 * cost.schedule_ms)}\n"
         f"  allocate + free {cost.pairs_per_s / 1e6:.1f} million blocks a second"
