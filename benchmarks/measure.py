@@ -9,8 +9,12 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import jax
+
+if TYPE_CHECKING:  # what times imports imports this
+    from jpaged import LLM
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -140,3 +144,8 @@ def _others_cpu_seconds() -> float | None:
     )
     busy = user + nice + system + irq + softirq + steal
     return busy / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
+
+
+def block_nbytes(llm: "LLM") -> int:
+    """Bytes of one block of the pool, in all layers."""
+    return sum(layer.nbytes // layer.shape[0] for layer in llm.engine.runner.pool)

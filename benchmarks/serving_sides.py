@@ -9,6 +9,7 @@ import jax
 
 from benchmarks import baseline_model
 from benchmarks.baseline import Baseline
+from benchmarks.measure import block_nbytes
 from benchmarks.open_loop import Server
 from benchmarks.paged_server import PagedServer
 from benchmarks.unpaged_server import Refill, UnpagedServer
@@ -102,13 +103,12 @@ def _paged(options: argparse.Namespace) -> tuple[Side, LLM]:
         assert llm.reset_prefix_cache(), "an earlier run left requests"
         return PagedServer(llm)
 
-    pool = jax.tree.leaves(llm.engine.runner.pool)
     side = Side(
         name=PAGED,
         rows=options.max_num_seqs,
         reserved=None,
         attention=choose_backend(options.attention_backend, jax.devices()[0].platform).value,
-        cache_bytes=sum(layer.nbytes for layer in pool) * num_usable // (num_usable + 1),
+        cache_bytes=num_usable * block_nbytes(llm),
         start=start,
     )
     return side, llm

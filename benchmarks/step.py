@@ -24,7 +24,7 @@ import numpy as np
 from benchmarks import baseline_model
 from benchmarks.arguments import BLOCK_SIZES, at_least_one, repetition_penalty
 from benchmarks.baseline import Baseline
-from benchmarks.measure import CompileLog, OthersShare, provenance
+from benchmarks.measure import CompileLog, OthersShare, block_nbytes, provenance
 from benchmarks.roof import READ_BYTES, Weight, products, read_large, roof_of, weights_of
 from jpaged import LLM, SamplingParams
 from jpaged.engine import Engine
@@ -141,8 +141,7 @@ def _measure(
             reserved=longest,
             cache_dtype=llm.engine.runner.pool[0].dtype,
         )
-        pool = jax.tree.leaves(llm.engine.runner.pool)
-        slots = llm.stats().num_blocks * options.block_size
+        token_bytes = block_nbytes(llm) // options.block_size
         results = []
         for context in options.contexts:
             # Halfway through, the rows attend to `context` tokens.
@@ -162,7 +161,7 @@ def _measure(
             assert held == [start + num_steps + 2] * 2, f"rows hold {held} tokens, from {start} on"
             result = _result(batch, context, seconds[0], seconds[1], others_share)
             if weights:
-                kv_bytes = batch * context * sum(leaf.nbytes for leaf in pool) // slots
+                kv_bytes = batch * context * token_bytes
                 result["roof"] = _roof(weights, result, kv_bytes, seconds[2], seconds[3])
             results.append(result)
     return results

@@ -18,14 +18,13 @@ import statistics
 import sys
 from collections.abc import Callable
 
-import jax
 from jaxtyping import DTypeLike
 
 from benchmarks import baseline_model
 from benchmarks.arguments import at_least_one, existing_file
 from benchmarks.baseline import Baseline
 from benchmarks.lengths import clipped_lengths, random_prompts
-from benchmarks.measure import CompileLog, Timing, interleaved, provenance
+from benchmarks.measure import CompileLog, Timing, block_nbytes, interleaved, provenance
 from jpaged import LLM, SamplingParams
 from jpaged_models import Checkpoint, open_checkpoint
 from pallas_kernels import Backend, default_backend
@@ -167,13 +166,12 @@ def _paged_sides(options: argparse.Namespace) -> list[Side]:
             outputs = llm.generate(requests.prompts, params)
             return [list(output.outputs[0].token_ids) for output in outputs]
 
-        pool = jax.tree.leaves(llm.engine.runner.pool)
         sides.append(
             Side(
                 name=name,
                 rows=options.max_num_seqs,
-                cache_bytes=sum(layer.nbytes for layer in pool) * num_usable // (num_usable + 1),
-                cache_dtype=pool[0].dtype,
+                cache_bytes=num_usable * block_nbytes(llm),
+                cache_dtype=llm.engine.runner.pool[0].dtype,
                 attention=backend.value,
                 generate=generate,
             )

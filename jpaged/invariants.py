@@ -5,7 +5,7 @@ import collections
 from jpaged.blocks import NULL_BLOCK
 from jpaged.plan import ScheduledRow, StepPlan
 from jpaged.prefix_cache import chain_digests, root_digest
-from jpaged.requests import MAX_OVERTAKEN, Sequence
+from jpaged.requests import MAX_OVERTAKEN
 from jpaged.scheduler import Scheduler
 from jpaged.waiting import NUM_CONSIDERED
 
@@ -149,7 +149,7 @@ def _check_plan(scheduler: Scheduler, plan: StepPlan) -> None:
     _require(plan.num_decodes == lengths.count(1), f"6: num_decodes is {plan.num_decodes}")
     _require(set(lengths[: plan.num_decodes]) <= {1}, f"6: rows out of order: {lengths}")
     planned = {row.sequence for row in plan.rows}
-    unpaused = [s for s in scheduler.running if s.candidates is None and not _is_over(s)]
+    unpaused = [s for s in scheduler.running if s.candidates is None and not s.ends_in_flight]
     _require(planned.issuperset(unpaused), "6: a running sequence gets no token")
     for row in plan.rows:
         sequence = row.sequence
@@ -169,11 +169,6 @@ def _check_plan(scheduler: Scheduler, plan: StepPlan) -> None:
             f"5: the new blocks {row.new_blocks} are not those of {sequence.block_ids}",
         )
     _check_writes(scheduler, plan)
-
-
-def _is_over(sequence: Sequence) -> bool:
-    """Whether the sequence ends with the tokens in flight, whatever they are."""
-    return sequence.num_in_flight > 0 and sequence.num_all_tokens >= sequence.max_num_tokens
 
 
 def _check_writes(scheduler: Scheduler, plan: StepPlan) -> None:

@@ -95,9 +95,9 @@ class Planner:
         for sequence in list(self.running):
             if sequence.row is None:  # preempted just now
                 continue
-            start, num_all = sequence.num_computed_tokens, sequence.num_all_tokens
-            num_tokens = num_all - start
-            if not num_tokens or (sequence.num_in_flight and num_all >= sequence.max_num_tokens):
+            start = sequence.num_computed_tokens
+            num_tokens = sequence.num_all_tokens - start
+            if not num_tokens or sequence.ends_in_flight:
                 continue  # a beam that waits for others, or one that ends with what is in flight
             if num_tokens > 1:
                 self._admit_waiting(draft, before=sequence)
@@ -121,8 +121,7 @@ class Planner:
         pool, config, count = self.pool, self.config, 0
         for sequence in self.running:
             start, num_all = sequence.num_computed_tokens, sequence.num_all_tokens
-            ends = sequence.num_in_flight and num_all >= sequence.max_num_tokens
-            if start < num_all and not ends:
+            if start < num_all and not sequence.ends_in_flight:
                 end = min(num_all, start + config.max_num_batched_tokens)
                 count += num_new_blocks(pool, sequence, end, config)
         return count

@@ -137,6 +137,12 @@ class Sequence:
         return len(self.token_ids) + self.num_in_flight
 
     @property
+    def ends_in_flight(self) -> bool:
+        """Whether the sequence ends with the tokens in flight, whatever they are."""
+        count = self.num_in_flight
+        return count > 0 and len(self.token_ids) + count >= self.max_num_tokens
+
+    @property
     def num_prompt_tokens(self) -> int:
         """Tokens of the prompt."""
         return len(self.request.prompt_token_ids)

@@ -69,8 +69,8 @@ class Stats:
     one for each sequence that ended while its next step was running.
 
     Of the host's time in steps, `schedule_seconds` went into plans, `send_seconds` into packing
-    them and starting the device, `commit_seconds` into taking in tokens, all while the device was
-    computing, and `wait_seconds` into waiting for it.
+    them and starting the device, `commit_seconds` into taking in tokens, and `wait_seconds` into
+    waiting for the device, which computes meanwhile (and, with `async_scheduling`, all the time).
     """
 
     running: int
