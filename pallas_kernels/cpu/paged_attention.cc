@@ -34,6 +34,8 @@ namespace ffi = xla::ffi;
 constexpr int64_t kVector = 16;    // floats; the compiler splits it where registers are shorter
 constexpr int64_t kQueries = 16;   // tokens of a task: a tile is read once for all of them
 constexpr int64_t kTile = 128;     // tokens of a tile
+constexpr int64_t kLine = 64;      // bytes of a cache line
+constexpr int64_t kAhead = 16;     // tokens; what lies behind is on its way into the L2 cache
 constexpr float kMasked = -1e30f;  // finite: -ffast-math knows no infinities
 
 typedef float Vector __attribute__((vector_size(4 * kVector)));
@@ -96,12 +98,15 @@ Vector load(const Float8* from, int64_t lanes) {
   return (Vector)((Bits)value | (bits & 128) << 24 | nan);
 }
 
-// logits[r][t] = q[r] . keys[t], for R rows of q padded to whole vectors.
+// logits[r][t] = q[r] . keys[t], for R rows of q padded to whole vectors. Blocks lie anywhere, so the
+// processor cannot foresee them: what kAhead tokens later is needed, keys and values, is asked for.
 template <int R, typename Size, typename KV>
 void multiply_keys(const float* q, const KV* const* kv, int64_t tokens, Size H, float* logits) {
   const int64_t padded = whole_vectors(H);
   for (int64_t t = 0; t < tokens; ++t) {
     Vector sums[R] = {};
+    for (int64_t h = 0; h < 2 * H; h += kLine / sizeof(KV))
+      __builtin_prefetch(kv[t + kAhead] + h, 0, 2);  // to be read, and not from the L1 cache
     for (int64_t h = 0; h < H; h += kVector) {
       const Vector key = load(kv[t] + h, H - h);
       for (int r = 0; r < R; ++r) sums[r] += load(q + r * padded + h, kVector) * key;
@@ -146,6 +151,33 @@ void soften(const Call& call, int64_t own, int64_t tokens, float* logits, float*
   *total = *total * shrink + weight, *high = top;
 }
 
+// kv[i] = where the K|V of position `first + i` lie, for all positions before `end`; behind them, up
+// to `size`, the last one again. Divisions, slow ones, are made once a block.
+template <typename KV>
+void find(const Call& call, const Task& task, int64_t first, int64_t end, int64_t size,
+          const KV** kv) {
+  int64_t i = 0;
+  while (i < std::min(size, end - first)) {
+    const int64_t block = call.tables[task.row * call.M + (first + i) / call.S];
+    const int64_t slot = (first + i) % call.S;
+    const int64_t stop = std::min({i + call.S - slot, size, end - first});
+    const KV* from = static_cast<const KV*>(call.pool) +
+                     ((block * call.K + task.head) * call.S + slot) * 2 * call.H;
+    for (; i < stop; ++i, from += 2 * call.H) kv[i] = from;
+  }
+  std::fill(kv + i, kv + size, kv[i - 1]);
+}
+
+// visit(R, r) for rows r .. r + R - 1, which read each key and value once for all of them.
+template <typename Visit>
+void by_rows(int64_t rows, Visit visit) {
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) visit(std::integral_constant<int, 4>(), r);
+  if (rows - r == 3) visit(std::integral_constant<int, 3>(), r);
+  if (rows - r == 2) visit(std::integral_constant<int, 2>(), r);
+  if (rows - r == 1) visit(std::integral_constant<int, 1>(), r);
+}
+
 template <typename KV, typename Size>
 void attend(const Call& call, const Task& task, Size H) {
   const int64_t G = call.N / call.K, rows = task.count * G;  // a row is one query head of one token
@@ -162,22 +194,17 @@ void attend(const Call& call, const Task& task, Size H) {
     for (int64_t h = 0; h < H; ++h) q[r * padded + h] = call.q[offset(r) + h] * key_scale;
   for (int64_t start = begin; start < end; start += kTile) {
     const int64_t tokens = std::min(kTile, end - start);
-    const KV* kv[kTile];  // where each position's K|V lie
-    for (int64_t t = 0; t < tokens; ++t) {
-      const int64_t block = call.tables[task.row * call.M + (start + t) / call.S];
-      const int64_t slot = (block * call.K + task.head) * call.S + (start + t) % call.S;
-      kv[t] = static_cast<const KV*>(call.pool) + slot * 2 * H;
-    }
-    int64_t r = 0;
-    for (; r + 4 <= rows; r += 4)
-      multiply_keys<4>(&q[r * padded], kv, tokens, H, &logits[r * kTile]);
-    for (; r < rows; ++r) multiply_keys<1>(&q[r * padded], kv, tokens, H, &logits[r * kTile]);
-    for (r = 0; r < rows; ++r)
+    const KV* kv[kTile + kAhead];
+    find(call, task, start, end, tokens + kAhead, kv);
+    by_rows(rows, [&](auto R, int64_t r) {
+      multiply_keys<R>(&q[r * padded], kv, tokens, H, &logits[r * kTile]);
+    });
+    for (int64_t r = 0; r < rows; ++r)
       soften(call, own + r / G - start, tokens, &logits[r * kTile], &high[r], &total[r],
              &values[r * padded], padded);
-    for (r = 0; r + 4 <= rows; r += 4)
-      add_values<4>(&logits[r * kTile], kv, tokens, H, &values[r * padded]);
-    for (; r < rows; ++r) add_values<1>(&logits[r * kTile], kv, tokens, H, &values[r * padded]);
+    by_rows(rows, [&](auto R, int64_t r) {
+      add_values<R>(&logits[r * kTile], kv, tokens, H, &values[r * padded]);
+    });
   }
   for (int64_t r = 0; r < rows; ++r) {
     const float sink = call.sinks[task.head * G + r % G], top = std::max(high[r], sink);
