@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import jax
 
+from benchmarks.others import OthersShare
+
 if TYPE_CHECKING:  # what times imports imports this
     from jpaged import LLM
 
@@ -42,24 +44,6 @@ class Timing:
     def median(self) -> float:
         """The middle run, in seconds."""
         return statistics.median(self.seconds)
-
-
-class OthersShare:
-    """How much of the machine other processes have used since this was made.
-
-    A figure taken while it is above a few per cent is not to be trusted.
-    """
-
-    def __init__(self) -> None:
-        self._busy, self._start = _others_cpu_seconds(), time.perf_counter()
-
-    def now(self) -> float | None:
-        """A share from 0 to 1, or None where the system does not say."""
-        busy = _others_cpu_seconds()
-        if busy is None or self._busy is None:
-            return None
-        elapsed = time.perf_counter() - self._start
-        return round(max(0.0, (busy - self._busy) / elapsed / (os.cpu_count() or 1)), 3)
 
 
 def interleaved(
@@ -132,18 +116,6 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
-
-
-def _others_cpu_seconds() -> float | None:
-    """Processor seconds that others than this process and its children have used; Linux only."""
-    stat = pathlib.Path("/proc/stat")
-    if not stat.exists():
-        return None
-    user, nice, system, _idle, _waiting, irq, softirq, steal = (
-        int(field) for field in stat.read_text().split(maxsplit=9)[1:9]
-    )
-    busy = user + nice + system + irq + softirq + steal
-    return busy / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
 
 
 def block_nbytes(llm: "LLM") -> int:

@@ -25,8 +25,9 @@ from benchmarks.arrivals import (
     replaced_lengths,
     scaled_lengths,
 )
-from benchmarks.measure import CompileLog, OthersShare, provenance
+from benchmarks.measure import CompileLog, provenance
 from benchmarks.open_loop import RealClock, replay
+from benchmarks.others import OthersShare
 from benchmarks.plot_serving import draw
 from benchmarks.rate_search import highest_kept, search, take_turns
 from benchmarks.serving_metrics import Objective, serving_metrics

@@ -19,7 +19,8 @@ import sys
 import tempfile
 
 from benchmarks.arguments import at_least_one
-from benchmarks.measure import OthersShare, provenance
+from benchmarks.measure import provenance
+from benchmarks.others import OthersShare
 
 BARS = {
     "cold_s": 15.0,

@@ -24,7 +24,8 @@ import numpy as np
 from benchmarks import baseline_model
 from benchmarks.arguments import BLOCK_SIZES, at_least_one, repetition_penalty
 from benchmarks.baseline import Baseline
-from benchmarks.measure import CompileLog, OthersShare, block_nbytes, provenance
+from benchmarks.measure import CompileLog, block_nbytes, provenance
+from benchmarks.others import OthersShare
 from benchmarks.roof import READ_BYTES, Weight, products, read_large, roof_of, weights_of
 from jpaged import LLM, SamplingParams
 from jpaged.engine import Engine
