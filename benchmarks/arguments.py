@@ -92,3 +92,21 @@ def parse_heads(text: str) -> tuple[int, ...]:
             f"query heads must be a multiple of KV heads, got {N} and {K} in {text}"
         )
     return N, K, H
+
+
+def parse_decode(text: str) -> tuple[int, int]:
+    """Rows and the tokens of each one's context from BxC."""
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"expected BxC (rows x context tokens), got {text!r}")
+    rows, context = map(int, text.split("x"))
+    return rows, context
+
+
+def parse_chunk(text: str) -> tuple[int, int]:
+    """Queries of a chunk, and the tokens before it, from Q@P."""
+    if not re.fullmatch(r"[1-9]\d*@\d+", text):
+        raise argparse.ArgumentTypeError(
+            f"expected Q@P (a chunk's queries @ the position of its first), got {text!r}"
+        )
+    queries, position = map(int, text.split("@"))
+    return queries, position

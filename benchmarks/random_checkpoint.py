@@ -45,6 +45,16 @@ TINY = SMOLLM2 | {
     "head_dim": 16,
     "max_position_embeddings": 512,
 }
+LONG = SMOLLM2 | {  # small enough for a hundred thousand tokens on two CPU cores
+    "vocab_size": 1024,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+    "rope_theta": 500000.0,
+}
 
 
 def write_checkpoint(directory: pathlib.Path, config: dict, *, seed: int) -> pathlib.Path:

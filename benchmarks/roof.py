@@ -13,11 +13,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, DTypeLike, Float
 
 from jpaged_models import Decoder
 
 READ_BYTES = 2**29  # more than any cache holds
+# The side of a square product that keeps every unit busy: milliseconds here, no more.
+PRODUCT_SIZE = {"cpu": 1024, "gpu": 8192, "tpu": 8192}
 
 
 class Weight(NamedTuple):
@@ -75,6 +77,18 @@ def read_large() -> Callable[[], object]:
     x = jnp.ones(READ_BYTES // 4, jnp.float32)
     total = jax.jit(jnp.sum)
     return lambda: total(x).block_until_ready()
+
+
+def multiply_large(dtype: DTypeLike) -> tuple[Callable[[], object], int]:
+    """Multiplies two large square matrices, and waits; and how many operations that is.
+
+    On a CPU in float32, whatever the dtype: nothing is multiplied faster there.
+    """
+    platform = jax.devices()[0].platform
+    size = PRODUCT_SIZE[platform]
+    x = jnp.ones((size, size), jnp.float32 if platform == "cpu" else dtype)
+    product = jax.jit(jnp.matmul)
+    return lambda: product(x, x).block_until_ready(), 2 * size**3
 
 
 def products(weights: list[Weight], rows: int) -> Callable[[], object]:
