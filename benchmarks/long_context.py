@@ -33,7 +33,8 @@ from benchmarks.arguments import (
     file_to_write,
 )
 from benchmarks.lengths import RequestLengths, random_prompts
-from benchmarks.measure import CompileLog, OthersShare, block_nbytes, provenance
+from benchmarks.measure import CompileLog, block_nbytes, provenance
+from benchmarks.others import OthersShare
 from benchmarks.plot import has_matplotlib
 from benchmarks.plot_long_context import draw
 from benchmarks.random_checkpoint import LONG, write_checkpoint

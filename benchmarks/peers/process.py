@@ -60,7 +60,7 @@ class SideProcess:
                 raise SideError(answer[word])
         return answer
 
-    def close(self) -> int:
+    def close(self) -> int | None:
         """Ends the process, which has no more to read; its status. May be called again."""
         if self._process.returncode is not None:
             return self._process.returncode
