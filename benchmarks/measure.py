@@ -99,7 +99,10 @@ def host_provenance() -> dict[str, object]:
 
 def _module_name() -> str:
     spec = sys.modules["__main__"].__spec__
-    return spec.name if spec is not None else pathlib.Path(sys.argv[0]).name
+    # A package is run by its own name, though what runs is its __main__.
+    return (
+        spec.name.removesuffix(".__main__") if spec is not None else pathlib.Path(sys.argv[0]).name
+    )
 
 
 def _version(package: str) -> str:

@@ -37,10 +37,23 @@ class Objective:
 
 def serving_metrics(run: Replay, objective: Objective) -> dict[str, float | None]:
     """Everything that is said of one run; milliseconds are rounded to thousandths."""
+    good = sum(objective.kept_for(one) for one in run.served)
+    return {
+        **run_metrics(run),
+        "request_goodput": round(good / run.seconds, 4),
+        "good_requests": good,
+    }
+
+
+def run_metrics(run: Replay) -> dict[str, float | None]:
+    """What is said of one run whatever was promised.
+
+    A request's normalised latency is its E2EL for each token of its answer: Orca's and the vLLM
+    paper's measure.
+    """
     served = run.served
     inputs = sum(one.num_prompt for one in served)
     outputs = sum(len(one.token_ids) for one in served)
-    good = sum(objective.kept_for(one) for one in served)
     seconds = sum(step for step, _ in run.held)
     return {
         "completed": len(served),
@@ -48,12 +61,11 @@ def serving_metrics(run: Replay, objective: Objective) -> dict[str, float | None
         "total_input_tokens": inputs,
         "total_output_tokens": outputs,
         "request_throughput": round(len(served) / run.seconds, 4),
-        "request_goodput": round(good / run.seconds, 4),
         "output_throughput": round(outputs / run.seconds, 2),
         "total_token_throughput": round((inputs + outputs) / run.seconds, 2),
         **token_metrics(served),
         **summary("queue", [_start(one) - one.arrival for one in served]),
-        "good_requests": good,
+        **summary("normalised_latency", [_e2el(one) / len(one.token_ids) for one in served]),
         "users_at_once_mean": round(sum(s * held for s, held in run.held) / seconds, 2),
         "users_at_once_peak": max(held for _, held in run.held),
     }
@@ -70,7 +82,7 @@ def token_metrics(served: Sequence[Served]) -> dict[str, float | None]:
         "ttft": [one.token_times[0] - one.arrival for one in served],
         "tpot": [float(np.mean(_gaps(one))) for one in longer],
         "itl": [gap for one in served for gap in _gaps(one)],
-        "e2el": [one.token_times[-1] - one.arrival for one in served],
+        "e2el": [_e2el(one) for one in served],
     }
     figures = {}
     for kind in KINDS:
@@ -93,6 +105,10 @@ def summary(kind: str, seconds: Sequence[float]) -> dict[str, float | None]:
 
 def _gaps(one: Served) -> list[float]:
     return np.diff(one.token_times).tolist()
+
+
+def _e2el(one: Served) -> float:
+    return one.token_times[-1] - one.arrival
 
 
 def _start(one: Served) -> float:

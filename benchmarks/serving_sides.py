@@ -15,7 +15,6 @@ from benchmarks.paged_server import PagedServer
 from benchmarks.unpaged_server import Refill, UnpagedServer
 from jpaged import LLM
 from jpaged_models import open_checkpoint
-from pallas_kernels import choose_backend
 
 PAGED = "paged"
 UNPAGED = {
@@ -42,6 +41,7 @@ class Sides:
     """All of them, warmed up, and the model that they run."""
 
     sides: list[Side]
+    llm: LLM  # of the paged side
     model_source: str
     vocab_size: int
 
@@ -60,7 +60,12 @@ def equal_blocks(rows: int, reserved: int, block_size: int) -> int:
 def make_sides(options: argparse.Namespace) -> Sides:
     """The engine, and the baselines that were asked for."""
     checkpoint = open_checkpoint(options.model)
-    paged, llm = _paged(options)
+    llm = make_engine(
+        options,
+        block_size=options.block_size,
+        enable_prefix_caching=options.shared_prefix > 0,
+    )
+    paged = paged_side(PAGED, llm)
     params = baseline_model.load_params(checkpoint, dtype=options.dtype)
     sides = [paged]
     for name in options.unpaged:
@@ -79,39 +84,54 @@ def make_sides(options: argparse.Namespace) -> Sides:
         assert held <= paged.cache_bytes, f"{name} holds {held} bytes, more than the pool"
         assert held == paged.cache_bytes or reserved < options.reserved, "equal bytes"
     return Sides(
-        sides=sides, model_source=checkpoint.source, vocab_size=checkpoint.config.vocab_size
+        sides=sides,
+        llm=llm,
+        model_source=checkpoint.source,
+        vocab_size=checkpoint.config.vocab_size,
     )
 
 
-def _paged(options: argparse.Namespace) -> tuple[Side, LLM]:
-    num_usable = equal_blocks(options.rows, options.reserved, options.block_size)
-    print(f"warming up paged: {num_usable} blocks of {options.block_size}", file=sys.stderr)
-    llm = LLM(
+def make_engine(
+    options: argparse.Namespace,
+    *,
+    block_size: int,
+    enable_prefix_caching: bool,
+    swap_space: float = 0.0,
+) -> LLM:
+    """An engine whose pool has the bytes of the baseline's rows."""
+    num_usable = equal_blocks(options.rows, options.reserved, block_size)
+    print(f"warming up paged: {num_usable} blocks of {block_size}", file=sys.stderr)
+    return LLM(
         options.model,
         dtype=options.dtype,
-        block_size=options.block_size,
+        block_size=block_size,
         num_blocks=num_usable + 1,  # the null block holds nothing
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
         max_model_len=options.reserved,
-        enable_prefix_caching=options.shared_prefix > 0,
+        enable_prefix_caching=enable_prefix_caching,
+        swap_space=swap_space,
         attention_backend=options.attention_backend,
         use_tqdm=False,
     )
+
+
+def paged_side(name: str, llm: LLM) -> Side:
+    """The engine under a name; every start forgets what an earlier run left in its cache."""
+    config = llm.engine.scheduler.config
 
     def start() -> Server:
         assert llm.reset_prefix_cache(), "an earlier run left requests"
         return PagedServer(llm)
 
-    side = Side(
-        name=PAGED,
-        rows=options.max_num_seqs,
+    return Side(
+        name=name,
+        rows=config.max_num_seqs,
         reserved=None,
-        attention=choose_backend(options.attention_backend, jax.devices()[0].platform).value,
-        cache_bytes=num_usable * block_nbytes(llm),
+        attention=llm.engine.runner.step.backend.value,
+        cache_bytes=(config.num_blocks - 1) * block_nbytes(llm),
         start=start,
     )
-    return side, llm
 
 
 def _rows(name: str, options: argparse.Namespace) -> tuple[int, int]:

@@ -44,6 +44,10 @@ def test_figures_are_those_that_one_computes_by_hand():
         "mean_queue_ms": (0 + 500 + 500) / 3,
         "median_queue_ms": 500,
         "p99_queue_ms": 500,
+        # 1500 ms for three tokens, 1500 for one, 2000 for two; every request counts the same.
+        "mean_normalised_latency_ms": (500 + 1500 + 1000) / 3,
+        "median_normalised_latency_ms": 1000,
+        "p99_normalised_latency_ms": 1000 + 0.98 * 500,
         "users_at_once_mean": (1.5 * 1 + 1.0 * 2 + 0.5 * 1) / 3,
         "users_at_once_peak": 2,
         # The first keeps it; the second's first token came late; the third's other token did.
