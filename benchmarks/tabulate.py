@@ -1,4 +1,4 @@
-"""The README's table of figures, made from the newest result files.
+"""The README's tables of figures, made from the newest result files.
 
 python -m benchmarks.tabulate [--write] [--plots FOLDER]
 
@@ -9,7 +9,7 @@ the README with what this makes.
 import argparse
 import json
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from benchmarks import plot_compare, plot_latency, plot_serving
@@ -18,6 +18,7 @@ from benchmarks.plot import has_matplotlib
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
+DTYPES = ("float32", "bfloat16")
 BEGIN, END = "<!-- figures -->\n", "<!-- end of figures -->\n"
 PLOTS = {
     "compare": plot_compare.draw,
@@ -27,17 +28,17 @@ PLOTS = {
 
 
 class Row(NamedTuple):
-    """One line of the table."""
+    """One line of the first table."""
 
     what: str
     paged: str
-    other: str
+    unpaged: str
     ratio: str
     date: str
 
 
 def main() -> None:
-    """Prints the table, or writes it into the README; and draws."""
+    """Prints the tables, or writes them into the README; and draws."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.tabulate",
         description=__doc__,
@@ -50,9 +51,9 @@ def main() -> None:
         parser.error("--plots needs a folder that exists, and matplotlib; install jpaged[plot]")
     reports = newest(RESULTS)
     if options.write:
-        README.write_text(with_table(README.read_text(), table(reports)))
+        README.write_text(with_tables(README.read_text(), tables(reports)))
     else:
-        print(table(reports), end="")
+        print(tables(reports), end="")
     for (name, dtype), report in reports.items():
         if options.plots and name in PLOTS:
             PLOTS[name](report, str(options.plots / f"{name}-{dtype}.png"))
@@ -67,17 +68,23 @@ def newest(folder: pathlib.Path) -> dict[tuple[str, str], dict]:
     return found
 
 
-def table(reports: dict[tuple[str, str], dict]) -> str:
-    """Markdown, with the rows of every benchmark that has some."""
-    lines = ["| what | jpaged | the other | ratio | measured |", "| --- | --- | --- | --- | --- |"]
-    for (name, dtype), make in _makers():
-        if (name, dtype) in reports:
-            lines += [f"| {' | '.join(row)} |" for row in make(reports[name, dtype])]
-    return "\n".join(lines) + "\n"
+def tables(reports: dict[tuple[str, str], dict]) -> str:
+    """Markdown: rows of every benchmark that has some, then other engines, a column for each."""
+    rows = [
+        row
+        for (name, dtype), make in _makers()
+        if (name, dtype) in reports
+        for row in make(reports[name, dtype])
+    ]
+    made = [_table(Row._fields, rows)]
+    compared = [reports["compare", dtype] for dtype in DTYPES if ("compare", dtype) in reports]
+    if compared:
+        made.append(_beside_others(compared))
+    return "\n".join(made)
 
 
-def with_table(text: str, made: str) -> str:
-    """The text with the table between its marks. Raises ValueError where they are missing."""
+def with_tables(text: str, made: str) -> str:
+    """The text with the tables between its marks. Raises ValueError where they are missing."""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise ValueError(f"expected {BEGIN!r} and {END!r} once each")
     head, _, rest = text.partition(BEGIN)
@@ -90,11 +97,10 @@ def _makers() -> Iterator[tuple[tuple[str, str], Callable[[dict], Iterator[Row]]
         "serving_sim": _serving,
         "step": _step,
         "latency": _latency,
-        "compare": _compare,
         "startup": _startup,
     }
     for name, make in makers.items():
-        for dtype in ("float32", "bfloat16"):
+        for dtype in DTYPES:
             yield (name, dtype), make
 
 
@@ -151,20 +157,31 @@ def _latency(report: dict) -> Iterator[Row]:
     )
 
 
-def _compare(report: dict) -> Iterator[Row]:
-    for name, by_side in report["sets"].items():
-        ours = by_side["jpaged"]["output_throughput"]
-        for side, found in by_side.items():
-            if side == "jpaged":
-                continue
-            yield Row(
-                f"tokens/s beside {side} {report['sides'][side]['version']}, {name}, "
-                f"{report['dtype']}",
-                f"{ours:.0f}",
-                f"{found['output_throughput']:.0f}",
-                f"{found['jpaged_of_it']:.2f}",
-                report["date"],
-            )
+def _beside_others(compared: list[dict]) -> str:
+    """Output tokens a second of every engine, and in brackets how many times as many are ours."""
+    sides = list(dict.fromkeys(side for report in compared for side in report["sides"]))
+    versions = {
+        side: ready["version"] for report in compared for side, ready in report["sides"].items()
+    }
+    rows = []
+    for report in compared:
+        for name, by_side in report["sets"].items():
+            cells = [
+                ""
+                if (found := by_side.get(side)) is None
+                else f"{found['output_throughput']:.0f}"
+                + ("" if side == "jpaged" else f" ({found['jpaged_of_it']:.2f})")
+                for side in sides
+            ]
+            rows.append([f"{name}, {report['dtype']}", *cells, report["date"]])
+    # Of a long version, what a release is called by.
+    names = [f"{side} {versions[side].split('-')[0].split(' ')[0]}" for side in sides]
+    return _table(["tokens/s", *names, "date"], rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _startup(report: dict) -> Iterator[Row]:

@@ -8,9 +8,9 @@ from benchmarks import tabulate
 
 
 def test_the_readme_shows_the_newest_results():
-    made = tabulate.table(tabulate.newest(tabulate.RESULTS))
+    made = tabulate.tables(tabulate.newest(tabulate.RESULTS))
     text = tabulate.README.read_text()
-    assert text == tabulate.with_table(text, made), "run python -m benchmarks.tabulate --write"
+    assert text == tabulate.with_tables(text, made), "run python -m benchmarks.tabulate --write"
     assert made.count("\n") > 10
 
 
@@ -32,12 +32,12 @@ def test_the_last_file_of_a_benchmark_and_a_dtype_counts(tmp_path):
 
 def test_a_table_goes_between_its_marks_and_nowhere_else():
     text = f"before\n{tabulate.BEGIN}old\n{tabulate.END}after\n"
-    assert tabulate.with_table(text, "new\n") == text.replace("old", "new")
+    assert tabulate.with_tables(text, "new\n") == text.replace("old", "new")
     with pytest.raises(ValueError, match="once each"):
-        tabulate.with_table("no marks", "new\n")
+        tabulate.with_tables("no marks", "new\n")
 
 
-def test_a_comparison_has_a_row_for_each_peer_of_each_set():
+def test_a_comparison_has_a_row_for_each_set_and_a_column_for_each_engine():
     ours = {"output_throughput": 30.0, "jpaged_of_it": 1.0}
     peer = {"output_throughput": 60.0, "jpaged_of_it": 0.5}
     report = {
@@ -46,6 +46,8 @@ def test_a_comparison_has_a_row_for_each_peer_of_each_set():
         "dtype": "float32",
         "date": "2026-01-01",
     }
-    made = tabulate.table({("compare", "float32"): report})
-    row = "| tokens/s beside vllm 0.32, single, float32 | 30 | 60 | 0.50 | 2026-01-01 |"
-    assert made.splitlines()[2:] == [row]
+    made = tabulate.tables({("compare", "float32"): report})
+    assert made.splitlines()[-3::2] == [
+        "| tokens/s | jpaged 0.1 | vllm 0.32 | date |",
+        "| single, float32 | 30 | 60 (0.50) | 2026-01-01 |",
+    ]
