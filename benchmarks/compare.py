@@ -68,19 +68,21 @@ def _options() -> argparse.Namespace:
     add("--workload", type=existing_file, help="JSON lines: prompt_token_ids, output_len")
     add("--prefix-workload", type=existing_file, help="the same, with shared prefixes")
     add("--max-num-seqs", type=at_least_one, default=64)
-    add("--repeats", type=at_least_one, default=3, help="turns of each side")
+    add("--repeats", type=at_least_one, default=5, help="turns of each side")
     add("--seed", type=at_least_zero, default=0, help="of requests that are drawn")
     add("--plot", type=file_to_write, help="PNG to draw; needs matplotlib")
     options = parser.parse_args()
     if options.plot and not has_matplotlib():
         parser.error("--plot needs matplotlib; install jpaged[plot]")
+    if options.peer_model and not options.model:
+        parser.error("--peer-model needs --model: every side must have the same weights")
     options.python, options.peer_model = dict(options.python), dict(options.peer_model)
     return options
 
 
 def _pair(text: str) -> tuple[str, str]:
     peer, _, value = text.partition("=")
-    if peer not in (*PEERS, OURS) or not value:
+    if peer not in PEERS or not value:
         raise argparse.ArgumentTypeError(
             f"expected one of {', '.join(PEERS)}, = and a path, got {text!r}"
         )
@@ -103,7 +105,7 @@ def _start_all(
 ) -> tuple[dict[str, SideProcess], dict[str, str]]:
     """The sides that are here, and why the others are not. Without ours there is no comparison."""
     sides: dict[str, SideProcess] = {}
-    skipped: dict[str, str] = {}
+    skipped = {peer: "not asked for" for peer in PEERS if peer not in options.peers}
     for name in (OURS, *options.peers):
         job = Job(
             model=options.peer_model.get(name, options.model) or "",
@@ -132,11 +134,11 @@ def _take_turns(
     turns: Turns = {name: {side: [] for side in sides} for name in options.sets}
     failed: dict[str, str] = {}
     for name, turn in itertools.product(options.sets, range(options.repeats)):
-        for side, process in sides.items():
+        for side in _rotated(list(sides), turn):
             if side in failed:
                 continue
             try:
-                found = process.run(name)
+                found = sides[side].run(name)
             except SideError as error:
                 failed[side] = f"failed in {name}: {error}"
                 print(f"{side}: {failed[side]}", file=sys.stderr)
@@ -149,6 +151,12 @@ def _take_turns(
     return turns, failed
 
 
+def _rotated(sides: list[str], turn: int) -> list[str]:
+    """Nobody always comes first, or behind the same other."""
+    first = turn % len(sides)
+    return sides[first:] + sides[:first]
+
+
 def _report(options: argparse.Namespace, turns: Turns, ready: dict[str, dict]) -> dict:
     return {
         "benchmark": "compare",
@@ -157,25 +165,31 @@ def _report(options: argparse.Namespace, turns: Turns, ready: dict[str, dict]) -
         "max_num_seqs": options.max_num_seqs,
         "sides": ready,
         "sets": {
-            name: {side: _figures(runs, by_side[OURS]) for side, runs in by_side.items() if runs}
+            name: {
+                side: _figures(runs, by_side[OURS])
+                for side, runs in by_side.items()
+                if len(runs) == options.repeats  # of one that failed there is no median
+            }
             for name, by_side in turns.items()
-            if by_side[OURS]
+            if len(by_side[OURS]) == options.repeats
         },
     }
 
 
 def _figures(runs: Sequence[dict], ours: Sequence[dict]) -> dict:
-    """Throughputs of the median run, and how ours compares: the median of the turns' ratios."""
+    """Throughputs of the median turn, and how ours compares: the median of the turns' ratios."""
     seconds = statistics.median(run["seconds"] for run in runs)
     answers = runs[0]["token_ids"]
-    ratios = [run["seconds"] / own["seconds"] for run, own in zip(runs, ours, strict=False)]
+    pairs = list(zip(runs, ours, strict=True))
+    ratios = [run["seconds"] / own["seconds"] for run, own in pairs]
+    agreements = [_agreement(run["token_ids"], own["token_ids"]) for run, own in pairs]
     shares = [run["others_share"] for run in runs if run["others_share"] is not None]
     return {
         "output_throughput": round(sum(map(len, answers)) / seconds, 2),
         "request_throughput": round(len(answers) / seconds, 4),
         "seconds": [round(run["seconds"], 3) for run in runs],
         "jpaged_of_it": round(statistics.median(ratios), 3),
-        "agrees": round(_agreement(answers, ours[0]["token_ids"]), 3),
+        "agrees": round(min(agreements), 3),
         "others_share": max(shares) if shares else None,
         "peak_rss_bytes": max(run["peak_rss_bytes"] for run in runs),
     }

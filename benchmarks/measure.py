@@ -6,6 +6,7 @@ import os
 import pathlib
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -93,8 +94,19 @@ def host_provenance() -> dict[str, object]:
         "host": f"{os.cpu_count()} x {_processor()}",
         "versions": {"python": platform.python_version(), **{p: _version(p) for p in packages}},
         "command": " ".join(["python", "-m", _module_name(), *sys.argv[1:]]),
+        "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _commit() -> str | None:
+    """What was measured, by git; "+" where the tree has changes. None outside a repository."""
+    command = ["git", "-C", str(pathlib.Path(__file__).parent), "describe", "--always", "--dirty=+"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
 
 
 def _module_name() -> str:

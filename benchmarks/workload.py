@@ -60,14 +60,22 @@ def drawn_prefixes(*, vocab_size: int, seed: int) -> list[Request]:
 def make_sets(
     requests: Sequence[Request], prefixes: Sequence[Request]
 ) -> dict[str, list[list[Request]]]:
-    """All sets. A led one has the first request of each prefix come, and end, before the others."""
-    prompt = next((p for p, _ in requests if len(p) >= SINGLE[0]), requests[0][0])
+    """All sets. A led one has the first request of each prefix come, and end, before the others.
+
+    Raises:
+        ValueError: no prompt is long enough for one user's, or no two share a prefix.
+    """
+    prompt = next((p for p, _ in requests if len(p) >= SINGLE[0]), None)
+    if prompt is None:
+        raise ValueError(f"one request at least must have a prompt of {SINGLE[0]} tokens")
     first, rest = led_by_first(prefixes)
+    if not rest:
+        raise ValueError(f"two requests at least must share their first {NUM_SHARED} tokens")
     return {
         "single": [[(prompt[: SINGLE[0]], SINGLE[1])]],
         "workload": [list(requests)],
         "prefix": [list(prefixes)],
-        "prefix-led": [first, rest] if rest else [first],
+        "prefix-led": [first, rest],
     }
 
 

@@ -1,11 +1,11 @@
 """llama.cpp's server, which runs as a process of its own and is asked over HTTP."""
 
-import atexit
 import http.client
 import json
 import os
 import queue
 import shutil
+import socket
 import subprocess
 import threading
 import time
@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 from benchmarks.peers.worker import Job, MissingPeerError, Request, serve
 
-SLOTS = 16
-PORT = 18080
+HOST = "127.0.0.1"
+SLOTS = 16  # more of them answer the same requests no faster
 START_S = 60.0
 CACHE_TYPES = {"float32": "f32", "bfloat16": "bf16"}
 GREEDY = {"temperature": 0.0, "top_k": 1, "samplers": ["top_k"], "ignore_eos": True}
@@ -27,10 +27,11 @@ class LlamaCpp:
         program = shutil.which(job["program"] or "llama-server")
         if program is None:
             raise MissingPeerError("no program llama-server")
+        num_cores = str(len(os.sched_getaffinity(0)))
         # Options as the server spells them; 64 requests need as many threads to wait.
         self._command = [
-            *(program, "-m", job["model"], "--host", "127.0.0.1", "--port", str(PORT)),
-            *("-t", str(os.cpu_count()), "-tb", str(os.cpu_count()), "-np", str(SLOTS)),
+            *(program, "-m", job["model"], "--host", HOST),
+            *("-t", num_cores, "-tb", num_cores, "-np", str(SLOTS)),
             *("-c", str(job["max_model_len"] * SLOTS), "-fa", "on", "--no-warmup"),
             *("-ctk", CACHE_TYPES[job["dtype"]], "-ctv", CACHE_TYPES[job["dtype"]]),
             *("--threads-http", str(job["max_num_seqs"] + 8)),
@@ -38,10 +39,13 @@ class LlamaCpp:
         said = subprocess.run([program, "--version"], capture_output=True, text=True, check=True)
         self.version = (said.stderr + said.stdout).split("version:")[-1].split("\n")[0].strip()
         self._start()
-        atexit.register(self._server.kill)
 
     def _start(self) -> None:
-        self._server = subprocess.Popen(self._command, stderr=subprocess.DEVNULL)
+        """A server at a port of its own: nobody else may answer. It ends with this group."""
+        self._port = _free_port()
+        self._server = subprocess.Popen(
+            [*self._command, "--port", str(self._port)], stderr=subprocess.DEVNULL
+        )
         self.process_ids = [self._server.pid]
         deadline = time.monotonic() + START_S
         while not self._is_healthy():
@@ -51,7 +55,7 @@ class LlamaCpp:
             time.sleep(0.1)
 
     def _is_healthy(self) -> bool:
-        connection = http.client.HTTPConnection("127.0.0.1", PORT)
+        connection = http.client.HTTPConnection(HOST, self._port)
         try:
             connection.request("GET", "/health")
             return connection.getresponse().status == http.HTTPStatus.OK
@@ -74,7 +78,7 @@ class LlamaCpp:
 
         def ask(index: int, request: Request) -> None:
             try:
-                answers[index] = _completion(*request)
+                answers[index] = _completion(self._port, *request)
             except Exception as error:  # noqa: BLE001  raised below, on the caller's thread
                 errors.put(error)
 
@@ -88,7 +92,13 @@ class LlamaCpp:
         return answers
 
 
-def _completion(prompt: list[int], count: int) -> list[int]:
+def _free_port() -> int:
+    with socket.socket() as bound:
+        bound.bind((HOST, 0))
+        return bound.getsockname()[1]
+
+
+def _completion(port: int, prompt: list[int], count: int) -> list[int]:
     body = {
         "prompt": prompt,
         "n_predict": count,
@@ -96,7 +106,7 @@ def _completion(prompt: list[int], count: int) -> list[int]:
         "return_tokens": True,
         **GREEDY,
     }
-    connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=600)
+    connection = http.client.HTTPConnection(HOST, port, timeout=600)
     connection.request(
         "POST", "/completion", json.dumps(body), {"Content-Type": "application/json"}
     )

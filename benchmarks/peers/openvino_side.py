@@ -37,7 +37,7 @@ class OpenVino:
         properties = {
             "INFERENCE_PRECISION_HINT": precision,
             "KV_CACHE_PRECISION": precision,
-            "INFERENCE_NUM_THREADS": os.cpu_count() or 1,
+            "INFERENCE_NUM_THREADS": len(os.sched_getaffinity(0)),
             "PERFORMANCE_HINT": "LATENCY",
         }
         return self._genai.ContinuousBatchingPipeline(

@@ -1,18 +1,24 @@
 """A side's process as `benchmarks.compare` sees it: started, asked, ended."""
 
+import contextlib
 import json
 import os
 import pathlib
+import select
+import signal
 import subprocess
+import sys
 from typing import Any
 
 from benchmarks.peers import module_of
 from benchmarks.peers.worker import Job
 
 ROOT = pathlib.Path(__file__).parents[2]
+NUM_PRELOADED = 2
 TCMALLOC = "libtcmalloc_minimal.so.4"  # vLLM on a CPU wants it, and its own OpenMP, loaded first
 
 CLOSE_S = 10
+ANSWER_S = 1800  # no set takes so long; a side that hangs is not waited for
 
 
 class SideError(Exception):
@@ -33,6 +39,7 @@ class SideProcess:
                 text=True,
                 cwd=ROOT,
                 env=environment(side, python),
+                start_new_session=True,  # what it starts ends with it
             )
         except OSError as error:
             raise SideError(f"{python}: {error.strerror}") from error
@@ -48,6 +55,9 @@ class SideProcess:
         try:
             self._process.stdin.write(json.dumps(message) + "\n")
             self._process.stdin.flush()
+            if not select.select([self._process.stdout], [], [], ANSWER_S)[0]:
+                self.close()
+                raise SideError(f"no answer within {ANSWER_S} s")
             line = self._process.stdout.readline()
         except BrokenPipeError:
             line = ""
@@ -68,7 +78,9 @@ class SideProcess:
             self._process.communicate(timeout=CLOSE_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.communicate()
+        with contextlib.suppress(ProcessLookupError):  # the group is empty: all have ended
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.communicate()
         return self._process.returncode
 
 
@@ -82,7 +94,9 @@ def environment(side: str, python: str) -> dict[str, str]:
     if side == "vllm":
         libraries = [
             *pathlib.Path("/usr/lib").glob(f"*/{TCMALLOC}"),
-            *pathlib.Path(python).parents[1].glob("lib/libiomp5.so"),
+            *pathlib.Path(python).parent.parent.glob("lib/libiomp5.so"),
         ]
         found["LD_PRELOAD"] = ":".join(map(str, libraries))
+        if len(libraries) < NUM_PRELOADED:
+            print(f"vllm runs without {TCMALLOC} or libiomp5.so: it is slower so", file=sys.stderr)
     return found

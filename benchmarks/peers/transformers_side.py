@@ -1,18 +1,20 @@
 # pyright: reportMissingImports=false
 """Transformers' continuous batching on a CPU: paged attention over torch tensors."""
 
+import contextlib
 import os
 from collections.abc import Sequence
+from typing import Any
 
-from benchmarks.peers.worker import Job, Request, serve
+from benchmarks.peers.worker import WARM_UP, Job, Request, serve
 
 NUM_BLOCKS = 128  # without a number it takes most of the memory
 MAX_BATCH_TOKENS = 512
-TIMEOUT_S = 60.0  # for the next answer
+TIMEOUT_S = 120.0  # for the next answer
 
 
 class Transformers:
-    """The model behind a manager, which lives as long as a wave."""
+    """The model behind a manager of requests, whose cache lives as long as it does."""
 
     process_ids = ()
 
@@ -24,7 +26,7 @@ class Transformers:
             ContinuousBatchingConfig,
         )
 
-        torch.set_num_threads(os.cpu_count() or 1)
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
         transformers.logging.set_verbosity_error()
         self.version = transformers.__version__
         self._model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -42,20 +44,34 @@ class Transformers:
             ),
         }
 
+        self._num_waves = 0
+        self._life = contextlib.ExitStack()
+        self._manager = self._new_manager()
+
+    def _new_manager(self) -> Any:
+        manager = self._model.continuous_batching_context_manager(**self._options)
+        return self._life.enter_context(manager)
+
     def reset(self) -> None:
-        """Nothing: a manager's cache goes with it."""
+        """A new manager, which has met a few other requests."""
+        self._life.close()
+        self._manager = self._new_manager()
+        self.run(WARM_UP)
 
     def run(self, wave: Sequence[Request]) -> list[list[int]]:
         """All answers, as they end."""
         found: dict[str, list[int]] = {}
-        with self._model.continuous_batching_context_manager(**self._options) as manager:
-            for index, (prompt, count) in enumerate(wave):
-                manager.add_request(prompt, request_id=str(index), max_new_tokens=count)
-            while len(found) < len(wave):
-                result = manager.get_result(timeout=TIMEOUT_S)
-                if result is not None and result.is_finished():
-                    found[result.request_id] = list(result.generated_tokens)
-        return [found[str(index)] for index in range(len(wave))]
+        self._num_waves += 1
+        names = [f"{self._num_waves}-{index}" for index in range(len(wave))]
+        for name, (prompt, count) in zip(names, wave, strict=True):
+            self._manager.add_request(prompt, request_id=name, max_new_tokens=count)
+        while len(found) < len(wave):
+            result = self._manager.get_result(timeout=TIMEOUT_S)
+            if result is None:
+                raise TimeoutError(f"{len(wave) - len(found)} answers do not come")
+            if result.is_finished():
+                found[result.request_id] = list(result.generated_tokens)
+        return [found[name] for name in names]
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@
 #include <memory>
 #include <string>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #include "xla/ffi/api/ffi.h"
@@ -159,10 +160,10 @@ void find(const Call& call, const Task& task, int64_t first, int64_t end, int64_
   int64_t i = 0;
   while (i < std::min(size, end - first)) {
     const int64_t block = call.tables[task.row * call.M + (first + i) / call.S];
-    const int64_t slot = (first + i) % call.S;
-    const int64_t stop = std::min({i + call.S - slot, size, end - first});
+    const int64_t offset = (first + i) % call.S;
+    const int64_t stop = std::min({i + call.S - offset, size, end - first});
     const KV* from = static_cast<const KV*>(call.pool) +
-                     ((block * call.K + task.head) * call.S + slot) * 2 * call.H;
+                     ((block * call.K + task.head) * call.S + offset) * 2 * call.H;
     for (; i < stop; ++i, from += 2 * call.H) kv[i] = from;
   }
   std::fill(kv + i, kv + size, kv[i - 1]);
