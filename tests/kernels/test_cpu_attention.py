@@ -24,7 +24,7 @@ from tests.kernels.cases import (
     run,
 )
 
-ROWS = [(1, 1), (1, 150), (7, 23), (19, 141), (40, 40)]
+ROWS = [(1, 1), (1, 150), (7, 23), (19, 141), (40, 40), (1, 300)]  # the last has full tiles
 OPTIONS = [{}, {"window": 21, "soft_cap": 1.5}]
 
 # jit raises the one where it waited for the call, an array the other where it is read.
