@@ -24,7 +24,8 @@ from tests.kernels.cases import (
     run,
 )
 
-ROWS = [(1, 1), (1, 150), (7, 23), (19, 141), (40, 40), (1, 300)]  # the last has full tiles
+ROWS = [(1, 1), (1, 150), (7, 23), (19, 141), (40, 40)]
+LONG_ROWS = [*ROWS, (1, 300), (20, 299)]  # of whole tiles and more
 OPTIONS = [{}, {"window": 21, "soft_cap": 1.5}]
 
 # jit raises the one where it waited for the call, an array the other where it is read.
@@ -49,7 +50,7 @@ def alone(case: Case, row: int) -> Case:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "float8_e4m3fn"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_row_alone_and_in_a_batch_is_the_same_bit_for_bit(options: dict[str, Any], dtype: str):
-    case = make_case(ROWS)
+    case = make_case(LONG_ROWS)
     if dtype in {"int8", "float8_e4m3fn"}:
         case, kv_scales = quantized(case, dtype)
         options = {**options, "kv_scales": kv_scales, "sinks": np.arange(6, dtype=np.float32)}
@@ -57,7 +58,7 @@ def test_a_row_alone_and_in_a_batch_is_the_same_bit_for_bit(options: dict[str, A
         case = dataclasses.replace(case, pool=case.pool.astype(dtype))
     together = run(case, Backend.CPU, **options)
     starts = np.asarray(case.batch.query_starts)
-    for row in range(len(ROWS)):
+    for row in range(len(LONG_ROWS)):
         own = run(alone(case, row), Backend.CPU, **options)
         np.testing.assert_array_equal(together[starts[row] : starts[row + 1]], own)
 
@@ -65,7 +66,7 @@ def test_a_row_alone_and_in_a_batch_is_the_same_bit_for_bit(options: dict[str, A
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_where_blocks_lie_and_how_long_they_are_changes_no_bit(options: dict[str, Any]):
     expected, *others = (
-        run(make_case(ROWS, block_size=block_size), Backend.CPU, **options)
+        run(make_case(LONG_ROWS, block_size=block_size), Backend.CPU, **options)
         for block_size in (8, 1, 5, 32)
     )
     for other in others:
