@@ -3,13 +3,13 @@
 python -m benchmarks.long_context [--contexts 1024 8192 32768 131072] [--output-len 16]
 
 A small Llama of random weights (two layers, 2 query heads and 1 KV head of size 64: 1 KiB of K and
-V a token in float32) is served by one `LLM`, whose pool holds the longest context. A prompt of
-random tokens of each context is prefilled in chunks of --max-num-batched-tokens, until its first
+V a token in float32) is served by an `LLM` of its own for each context, whose tables and pool hold
+it. A prompt of random tokens is prefilled in chunks of --max-num-batched-tokens, until its first
 token is told; then --output-len more are decoded, and ms are the median of theirs. Prefill is timed
 once, since a long one is hundreds of steps. Temporaries are what the compiled steps need beside
-weights, pool and state: the most of any of them, by XLA's analysis. It is taken after each context
-has been served, and no program is compiled while they are: the same few serve every context. Beside
-it stands what the scores of one chunk in one layer would take as a matrix.
+weights, pool and state: the most of any of them, by XLA's analysis. Of a context they should hold
+no more than a row of a table. Beside them stands what the scores of one chunk in one layer would
+take as a matrix.
 
 The default contexts take three and a half minutes of processor time: two minutes on two idle cores.
 """
@@ -50,19 +50,18 @@ def main() -> None:
     compiles = CompileLog()
     backend = choose_backend(options.attention_backend, jax.devices()[0].platform)
     results = []
-    longest = max(options.contexts) + 1 + options.output_len
-    config = LONG | {"max_position_embeddings": longest}
-    with tempfile.TemporaryDirectory() as folder, _engine(options, config, folder) as llm:
-        _serve(llm, min(options.contexts), options)  # whatever runs for the first time
-        compiles.events.clear()
-        print(
-            f"{'context':>8} {'prefill s':>10} {'tokens/s':>9} {'decode ms':>10} "
-            f"{'temporaries MB':>15} {'scores MB':>10} {'KV MB':>8} {'others':>7}"
-        )
-        for context in options.contexts:
+    print(
+        f"{'context':>8} {'prefill s':>10} {'tokens/s':>9} {'decode ms':>10} "
+        f"{'temporaries MB':>15} {'scores MB':>10} {'KV MB':>8} {'others':>7}"
+    )
+    for context in options.contexts:
+        with tempfile.TemporaryDirectory() as folder, _engine(options, context, folder) as llm:
+            # Whatever runs for the first time.
+            _serve(llm, min(context, options.max_num_batched_tokens), options)
+            compiles.events.clear()
             results.append(_result(llm, context, options))
-            print(_line(results[-1]), flush=True)
-        assert not compiles.events, "a program was compiled while it was timed"
+            assert not compiles.events, "a program was compiled while it was timed"
+        print(_line(results[-1]), flush=True)
     report = {
         "benchmark": "long_context",
         "dtype": options.dtype,
@@ -70,7 +69,7 @@ def main() -> None:
         "block_size": options.block_size,
         "max_num_batched_tokens": options.max_num_batched_tokens,
         "output_len": options.output_len,
-        "model": config,
+        "model": LONG,
         "results": results,
     }
     print(json.dumps({**report, **provenance()}), flush=True)
@@ -99,9 +98,10 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _engine(options: argparse.Namespace, config: dict, folder: str) -> LLM:
-    """One row, in a pool and a table that hold as many tokens as the model does."""
-    longest = config["max_position_embeddings"]
+def _engine(options: argparse.Namespace, context: int, folder: str) -> LLM:
+    """One row, in a pool and a table that hold this context and what follows it."""
+    longest = context + 1 + options.output_len
+    config = LONG | {"max_position_embeddings": longest}
     return LLM(
         write_checkpoint(pathlib.Path(folder, "model"), config, seed=options.seed),
         dtype=options.dtype,

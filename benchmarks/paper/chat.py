@@ -84,7 +84,7 @@ FIGURE = Figure(
         "max_output": 48,
         "requests": 18,
         "rates": [0.5, 1.0, 2.0],
-        "repeats": 1,
+        "repeats": 3,
         "rows": 4,
         "reserved": 768,
         "block_size": 16,

@@ -34,7 +34,7 @@ FIGURE = Figure(
         **LENGTHS,
         "requests": 16,
         "rates": [0.5, 1.0, 2.0],
-        "repeats": 1,
+        "repeats": 3,
         "rows": 4,
         "reserved": RESERVED,
         "block_size": 16,

@@ -64,7 +64,7 @@ FIGURE = Figure(
     defaults={
         "requests": 16,
         "rates": [1.0, 2.0, 4.0],
-        "repeats": 1,
+        "repeats": 3,
         "rows": 4,
         "reserved": 512,
         "block_size": 16,

@@ -4,7 +4,7 @@ from benchmarks.paper.points import LATENCY
 
 
 def print_table(report: dict) -> None:
-    """Panel by panel, a line for each point."""
+    """Panel by panel, a line for each point; swapped are blocks, computed are tokens."""
     print(
         f"{report['figure']}: {report['title']} (figure {report['of_paper']} of the paper), "
         f"{report['requests']} requests, {report['dtype']}"
@@ -15,7 +15,8 @@ def print_table(report: dict) -> None:
         print(f"{panel}: {inputs} prompt tokens, {outputs} output tokens")
         print(
             f"  {'side':17} {'KV MiB':>7} {'block':>6} {'rate/s':>7} {'s/token':>8} {'E2EL s':>7} "
-            f"{'tokens/s':>9} {'users':>6} {'preempted':>10} {'cached':>7} {'others':>7}"
+            f"{'tokens/s':>9} {'users':>6} {'preempted':>10} {'swapped':>8} {'computed':>9} "
+            f"{'cached':>7} {'others':>7}"
         )
         for point in points:
             print("  " + _line(point))
@@ -28,6 +29,8 @@ def _line(point: dict) -> str:
         f"{point['request_rate']:7.3g} {point[LATENCY] / 1e3:8.3f} "
         f"{point['mean_e2el_ms'] / 1e3:7.2f} {point['output_throughput']:9.1f} "
         f"{point['users_at_once_mean']:6.1f} {_or_dash(point.get('preemptions'), 10)} "
+        f"{_or_dash(point.get('swapped_out_blocks'), 8)} "
+        f"{_or_dash(point.get('computed_tokens'), 9)} "
         f"{_or_dash(_cached(point), 7, '.0%')} {_or_dash(point['others_share'], 7, '.0%')}"
     )
 

@@ -72,7 +72,7 @@ def test_only_the_prefix_cache_finds_the_shared_prefix(tmp_path, monkeypatch, ca
 
 def test_later_rounds_of_a_chat_are_found_in_the_prefix_cache(tmp_path, monkeypatch, capsys):
     # So seldom that a round has been answered when the next one comes.
-    special = "--block-size 8 --rounds 2 --history 40 --length-scale 0.1 --rates 20 30"
+    special = "--block-size 8 --rounds 2 --history 40 --length-scale 0.1 --rates 4 5"
     report = report_of("chat", special, tmp_path, monkeypatch, capsys)
     assert [point["side"] for point in report["points"]] == ["prefix cache", "no prefix cache"] * 2
     assert all(point["hit_tokens"] > 0 for point in of_side(report, "prefix cache"))
