@@ -178,6 +178,7 @@ def test_a_workload_that_cannot_be_read_is_refused_by_its_line(tmp_path, text):
 
 
 def test_the_command_prints_a_table_and_says_who_was_skipped(tiny, monkeypatch, capsys, tmp_path):
+    pytest.importorskip("matplotlib")
     file = tmp_path / "requests.jsonl"
     file.write_text(2 * (json.dumps({"prompt_token_ids": [3] * 300, "output_len": 4}) + "\n"))
     plot = tmp_path / "compare.png"
