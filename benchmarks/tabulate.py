@@ -132,7 +132,9 @@ def _serving(report: dict) -> Iterator[Row]:
     for side, users in report["users_served"].items():
         other = report["sides"][side]["highest_rate"]
         if users is not None:
-            yield Row(f"{what}, {side}", f"{paged:g}", f"{other:g}", f"{users:.1f}", report["date"])
+            yield Row(
+                f"{what}, {side}", f"{paged:.3g}", f"{other:.3g}", f"{users:.1f}", report["date"]
+            )
 
 
 def _step(report: dict) -> Iterator[Row]:
