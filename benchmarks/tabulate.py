@@ -99,6 +99,7 @@ def _makers() -> Iterator[tuple[tuple[str, str], Callable[[dict], Iterator[Row]]
         "serving_sim": _serving,
         "step": _step,
         "latency": _latency,
+        "long_context": _long_context,
         "startup": _startup,
     }
     for name, make in makers.items():
@@ -186,6 +187,17 @@ def _beside_others(compared: list[dict]) -> str:
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _long_context(report: dict) -> Iterator[Row]:
+    for found in report["results"]:
+        yield Row(
+            f"a two-layer model behind {found['context']:,} tokens: ms a decoded token",
+            f"{found['decode_ms']:.2f}, temporaries {found['temporary_bytes'] / 1e6:.2f} MB",
+            "",
+            "",
+            report["date"],
+        )
 
 
 def _startup(report: dict) -> Iterator[Row]:
