@@ -1,12 +1,12 @@
 """The memory benchmark's figures as a picture."""
 
-import importlib
 import importlib.util
 import itertools
 import textwrap
 
 from benchmarks.moment import Moment
 from benchmarks.plot_pool import draw_marks, draw_pool, draw_tables
+from benchmarks.png import load_pyplot, save
 from jpaged.stats import share
 from jpaged.trace import StepRecord
 
@@ -28,8 +28,7 @@ def draw(reports: list[dict], moment: Moment, path: str) -> None:
 
     The averages are a bar a policy for each trace, and the waste of blocks beside theory.
     """
-    importlib.import_module("matplotlib").use("Agg")  # no window
-    pyplot = importlib.import_module("matplotlib.pyplot")
+    pyplot = load_pyplot()
     width = max(12.0, 3.4 * (len(reports) + 1) + 1.5)
     figure = pyplot.figure(figsize=(width, 14.5), layout="constrained")
     averages, pool, steps = figure.subfigures(3, 1, height_ratios=(5.2, 6.1, 3.2), hspace=0.04)
@@ -37,8 +36,7 @@ def draw(reports: list[dict], moment: Moment, path: str) -> None:
     _draw_moment(pool, moment)
     steps.suptitle("The same replay, step by step", fontsize=12)
     draw_steps(steps.subplots(1, 3), moment.steps, moment=moment.step)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    save(figure, path)
 
 
 def draw_steps(axes, steps: list[StepRecord], *, moment: int | None = None) -> None:

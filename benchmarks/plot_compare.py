@@ -1,6 +1,6 @@
 """The comparison of engines as a picture: a group of bars a set of requests."""
 
-import importlib
+from benchmarks.png import load_pyplot, save
 
 COLORS = {
     "jpaged": "#2a7f62",
@@ -13,8 +13,7 @@ COLORS = {
 
 def draw(report: dict, path: str) -> None:
     """Writes a PNG: output tokens a second of every side, one axis for each set."""
-    importlib.import_module("matplotlib").use("Agg")  # no window
-    pyplot = importlib.import_module("matplotlib.pyplot")
+    pyplot = load_pyplot()
     sets = report["sets"]
     figure, axes = pyplot.subplots(
         1, len(sets), figsize=(3.4 * len(sets), 3.6), layout="constrained", squeeze=False
@@ -27,5 +26,4 @@ def draw(report: dict, path: str) -> None:
         ax.tick_params(axis="x", labelrotation=35, labelsize=8)
         ax.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel(f"output tokens a second, {report['dtype']}", fontsize=9)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    save(figure, path)

@@ -1,6 +1,6 @@
 """The benchmark of attention alone as a picture."""
 
-import importlib
+from benchmarks.png import load_pyplot, save
 
 COLORS = {
     "cpu": "#2a7f62",
@@ -15,8 +15,7 @@ WIDTH = 0.8  # of a group of bars
 
 def draw(report: dict, path: str) -> None:
     """Writes a PNG: for each shape a bar a side, and the roof as a line across them."""
-    importlib.import_module("matplotlib").use("Agg")  # no window
-    pyplot = importlib.import_module("matplotlib.pyplot")
+    pyplot = load_pyplot()
     results = report["results"]
     figure, axes = pyplot.subplots(
         1, len(results), figsize=(max(4.0, 2.2 * len(results)), 4.2), layout="constrained"
@@ -29,8 +28,7 @@ def draw(report: dict, path: str) -> None:
         f"{report['repeats']}; red: the roof",
         fontsize=11,
     )
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    save(figure, path)
 
 
 def _draw_shape(ax, result: dict) -> None:

@@ -1,8 +1,7 @@
 """The latency benchmark's figures as a picture."""
 
-import importlib
-
 from benchmarks.plot_serving import COLORS
+from benchmarks.png import load_pyplot, save
 
 PANELS = {
     "e2el": "the whole batch (E2EL)",
@@ -13,8 +12,7 @@ PANELS = {
 
 def draw(report: dict, path: str) -> None:
     """Writes a PNG of three panels: medians as bars, and a mark at the p99 of each."""
-    importlib.import_module("matplotlib").use("Agg")  # no window
-    pyplot = importlib.import_module("matplotlib.pyplot")
+    pyplot = load_pyplot()
     figure, axes = pyplot.subplots(1, len(PANELS), figsize=(10, 4), layout="constrained")
     for ax, (kind, title) in zip(axes, PANELS.items(), strict=True):
         _draw_panel(ax, report["sides"], kind)
@@ -25,8 +23,7 @@ def draw(report: dict, path: str) -> None:
         f"{report['output_len']} output tokens each; bars: median, marks: p99",
         fontsize=11,
     )
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    save(figure, path)
 
 
 def _draw_panel(ax, sides: dict[str, dict], kind: str) -> None:

@@ -1,6 +1,6 @@
 """The benchmark of long prompts as a picture."""
 
-import importlib
+from benchmarks.png import load_pyplot, save
 
 PANELS = {
     "prefill_s": "prefill, seconds",
@@ -10,8 +10,7 @@ PANELS = {
 
 def draw(report: dict, path: str) -> None:
     """Writes a PNG of three panels against the context: prefill, decode, and bytes."""
-    importlib.import_module("matplotlib").use("Agg")  # no window
-    pyplot = importlib.import_module("matplotlib.pyplot")
+    pyplot = load_pyplot()
     results = sorted(report["results"], key=lambda result: result["context"])
     contexts = [result["context"] for result in results]
     figure, axes = pyplot.subplots(1, 3, figsize=(12, 4), layout="constrained")
@@ -31,8 +30,7 @@ def draw(report: dict, path: str) -> None:
         f"{report['attention']}",
         fontsize=11,
     )
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    save(figure, path)
 
 
 def _draw_bytes(ax, contexts: list[int], results: list[dict]) -> None:

@@ -2,6 +2,8 @@
 
 import importlib
 
+from benchmarks.png import load_pyplot, save
+
 COLORS = {
     "paged": "#2a7f62",
     "unpaged": "#e0a458",
@@ -12,8 +14,7 @@ COLORS = {
 
 def draw(report: dict, path: str) -> None:
     """Writes a PNG: TTFT and goodput against the rate, a colour for each side."""
-    importlib.import_module("matplotlib").use("Agg")  # no window
-    pyplot = importlib.import_module("matplotlib.pyplot")
+    pyplot = load_pyplot()
     figure, (ttft, goodput) = pyplot.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
     for name, side in report["sides"].items():
         rates = [result["request_rate"] for result in side["results"]]
@@ -33,8 +34,7 @@ def draw(report: dict, path: str) -> None:
         "same bytes of keys and values",
         fontsize=11,
     )
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    save(figure, path)
 
 
 def _finish_ttft(ax, report: dict) -> None:

@@ -5,6 +5,7 @@ import importlib
 from benchmarks.paper.figure import Axis
 from benchmarks.paper.points import LATENCY
 from benchmarks.plot_serving import COLORS
+from benchmarks.png import load_pyplot, save
 
 LABELS = {
     Axis.REQUEST_RATE.value: "requests a second",
@@ -20,8 +21,7 @@ OWN_COLORS = {
 
 def draw(reports: list[dict], path: str) -> None:
     """Writes a PNG: a row for each figure, a panel for each workload."""
-    importlib.import_module("matplotlib").use("Agg")  # no window
-    pyplot = importlib.import_module("matplotlib.pyplot")
+    pyplot = load_pyplot()
     width = 5.5 * max(len(_panels(report)) for report in reports)
     figure = pyplot.figure(figsize=(max(7, width), 4.2 * len(reports)), layout="constrained")
     rows = figure.subfigures(len(reports), 1, squeeze=False)
@@ -35,8 +35,7 @@ def draw(reports: list[dict], path: str) -> None:
         axes[0].set_ylim(0, 1.08 * highest)  # of all panels: they share it
         axes[0].set_ylabel("normalised latency, s/token", fontsize=9)
         row.suptitle(f"{report['title']} (figure {report['of_paper']} of the paper)", fontsize=11)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    save(figure, path)
 
 
 def _panels(report: dict) -> list[list[dict]]:
