@@ -148,7 +148,12 @@ def print_compiled(compile_here: Callable[[Build, str], dict[str, Any]]) -> None
         print(json.dumps(line), flush=True)
 
 
-def compiled_fields(build: Build, sharding: jax.sharding.Sharding) -> dict[str, Any]:
+def compiled_fields(
+    build: Build,
+    sharding: jax.sharding.Sharding,
+    *,
+    compiler_options: Mapping[str, str | bool] | None = None,
+) -> dict[str, Any]:
     """Memory in bytes, seconds, HLO, extras; the caller has set the mesh of `sharding`."""
     function, arguments, *extra = build()
     specs = jax.tree.map(
@@ -157,7 +162,7 @@ def compiled_fields(build: Build, sharding: jax.sharding.Sharding) -> dict[str, 
     jitted: Any = function if hasattr(function, "lower") else jax.jit(function)
     lowered = jitted.lower(*specs)
     start = time.perf_counter()
-    compiled = lowered.compile()
+    compiled = lowered.compile(compiler_options=dict(compiler_options or {}))
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     return {

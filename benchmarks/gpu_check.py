@@ -49,10 +49,13 @@ LIMITS = {
     "mosaic": 150,
     "peers": 75,
     "torch_peers": 90,
+    "serving": 75,
+    "torch_serving": 120,
     "profile": 60,
     "candidates": 150,
 }
-NOT_BY_DEFAULT = ("profile", "candidates")
+NOT_BY_DEFAULT = ("profile", "candidates", "serving", "torch_serving")
+BY_PYTORCH = ("torch_peers", "torch_serving")  # which needs the memory that JAX would take
 UNTIMED = ("correctness", "parity")
 BUDGET_S = 510  # with its start and end, less than the ten minutes that a command often has
 LEAST_S = 10  # with less a part is not begun
@@ -170,7 +173,7 @@ def _groups(parts: list[str]) -> list[list[str]]:
 
 def _start(groups: list[list[str]], path: pathlib.Path) -> list[PartProcess]:
     return [
-        PartProcess(part, draft_path(path, part), is_shared=len(group) > 1)
+        PartProcess(part, draft_path(path, part), is_shared=len(group) > 1 or part in BY_PYTORCH)
         for group in groups
         for part in group
     ]

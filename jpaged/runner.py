@@ -10,7 +10,9 @@ from tqdm import tqdm
 
 from jpaged.batch import pack_batch, table_updates
 from jpaged.buckets import Bucket, Buckets
+from jpaged.compilation import compiler_options
 from jpaged.config import EngineConfig
+from jpaged.devices import first_device
 from jpaged.plan import ScheduledRow, StepPlan
 from jpaged.preparation import pack_preparations
 from jpaged.programs import (
@@ -112,7 +114,8 @@ class Runner:
 
     def compile(self, program: Program) -> jax.stages.Compiled:
         """The executable of a program; its `memory_analysis()` is exact."""
-        return self.step.lower(program).compile()
+        options = compiler_options(first_device().platform)
+        return self.step.lower(program).compile(compiler_options=options)
 
     @property
     def num_programs(self) -> int:

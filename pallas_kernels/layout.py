@@ -48,7 +48,8 @@ def decode_batch(block_tables: Int32[Array, "B M"], seq_lens: Int32[Array, " B"]
 def rows_of_tokens(batch: PagedBatch, num_tokens: int) -> Int32[Array, " T"]:
     """Each token's row; padding tokens get the number of rows, which no row has."""
     tokens_T = jnp.arange(num_tokens, dtype=jnp.int32)
-    rows_T = jnp.searchsorted(batch.query_starts[1:], tokens_T, side="right")
+    # By comparing with all: a binary search is a loop, whose turns are kernels of their own.
+    rows_T = jnp.searchsorted(batch.query_starts[1:], tokens_T, side="right", method="compare_all")
     return rows_T.astype(jnp.int32)
 
 

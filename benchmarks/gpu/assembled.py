@@ -30,6 +30,7 @@ class Compiled:
     temporary_bytes: int
     compile_seconds: float  # without tracing and lowering
     kernels: list[Kernel]
+    run: list[str]  # what the host starts: XLA's names of kernels, loops, whole graphs of them
     hlo: str
     extra: list[Any]  # what the target returned besides
     log: str  # what the compiler printed
@@ -42,8 +43,10 @@ class Compiled:
 
 def read_compiled(fields: dict[str, Any]) -> Compiled:
     """From the fields of a compilation, XLA's list of what it starts and the log among them."""
-    thunks, rest = fields["thunks"], {key: fields[key] for key in fields if key != "thunks"}
-    return Compiled(**rest, kernels=read_kernels(thunks, fields["log"]))
+    rest = {key: fields[key] for key in fields if key not in ("thunks", "run")}
+    kernels = read_kernels(fields["thunks"], fields["log"])
+    run = re.findall(r"^\d+: k(\w+)", fields["run"], re.MULTILINE)
+    return Compiled(**rest, kernels=kernels, run=run)
 
 
 def read_kernels(thunks: str, log: str) -> list[Kernel]:

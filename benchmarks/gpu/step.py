@@ -50,7 +50,7 @@ class StepShape:
 SHAPES = {
     "full": [
         StepShape(name="SmolLM2-135M", config=SMOLLM2, batches=((64, 1024), (1, 1024))),
-        StepShape(name="Llama-8B", config=LLAMA_8B, batches=((64, 1024),)),
+        StepShape(name="Llama-8B", config=LLAMA_8B, batches=((64, 2048),)),
     ],
     "toy": [StepShape(name="tiny", config=TINY, batches=((3, 40),))],
 }

@@ -8,6 +8,8 @@ _FIGURES = (  # of a result, in this order, where it has them
     ("ms", "{:.2f} ms"),
     ("floor_ms", "floor {:.2f} ms"),
     ("of_floor", "{:.2f}x floor"),
+    ("step_ms", "{:.2f} ms a step"),
+    ("decode_tokens_per_s", "{:.0f} tokens/s then"),
     ("tokens_per_s", "{:.0f} tokens/s"),
     ("same_tokens", "{:.1%} same"),
     ("busy_ms", "{:.2f} ms busy"),

@@ -29,6 +29,7 @@ from benchmarks.aot import (
 )
 from benchmarks.gpu.assembled import Compiled, read_compiled
 from benchmarks.gpu.chips import GPUS, Gpu
+from jpaged.compilation import compiler_options
 from pallas_kernels.gpu.mosaic.limits import missing_jax
 
 PLUGINS = ("jax-cuda13-pjrt", "jax-cuda12-pjrt")
@@ -121,14 +122,18 @@ def compile_here(build: Build, chip: str) -> dict[str, Any]:
     mesh = topologies.make_mesh(devices, (1,), ("x",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        fields = compiled_fields(build, sharding)
-    return {**fields, "thunks": _take_thunks()}
+        fields = compiled_fields(build, sharding, compiler_options=compiler_options("gpu"))
+    return {
+        **fields,
+        "thunks": _take_thunks("thunk_sequence"),
+        "run": _take_thunks("thunk_sequence_after_thunk_passes"),
+    }
 
 
-def _take_thunks() -> str:
+def _take_thunks(name: str) -> str:
     """XLA's list of what it starts, which is not there the next time."""
     folder = pathlib.Path(os.environ["XLA_FLAGS"].rpartition("=")[2])
-    paths = sorted(folder.glob("*.thunk_sequence.txt"))
+    paths = sorted(folder.glob(f"*.{name}.txt"))
     thunks = "".join(path.read_text() for path in paths)
     for path in paths:
         path.unlink()
@@ -152,7 +157,10 @@ def _has_assembler() -> bool:
 
 
 def _target_config(gpu: Gpu) -> str:
-    """The compiler's description of a GPU; speeds are of no concern, there is nothing to tune."""
+    """The compiler's description of a GPU; speeds are of no concern, there is nothing to tune.
+
+    Without a driver's version XLA puts no condition into a CUDA graph.
+    """
     major, minor = gpu.capability.split(".")
     return f"""
         platform_name: "CUDA"
@@ -160,6 +168,8 @@ def _target_config(gpu: Gpu) -> str:
         dnn_version_info {{ major: 9 }}
         runtime_version {{ major: 13 }}
         gpu_device_info {{
+            driver_version: "13.0.0"
+            runtime_version: "13.0.0"
             cuda_compute_capability {{
                 major: {major} minor: {minor} feature_extension: {gpu.feature}
             }}

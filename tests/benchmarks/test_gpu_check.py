@@ -17,6 +17,7 @@ from benchmarks.gpu import (
     mosaic,
     parity,
     prefill,
+    serving,
     step,
     throughput,
 )
@@ -370,6 +371,25 @@ def test_what_is_known_is_not_found_again(monkeypatch: pytest.MonkeyPatch, modul
     record = Record()
     module.run(dataclasses.replace(SETTINGS, known=(names[0],)), record)
     assert list(record.results) == names[1:]
+
+
+def test_requests_through_the_whole_engine_all_decode_together_in_the_end():
+    record = Record()
+    serving.run(SETTINGS, record)
+    (found,) = record.results.values()
+    assert found["ok"]
+    assert found["decode_tokens_per_s"] > found["tokens_per_s"] > 0
+    assert found["seconds"] > found["first_token_s"] > 0
+
+
+def test_rates_are_of_the_time_in_which_every_request_decodes():
+    # The second begins at 2 s and the first ends at 6 s: 2, 2 and 3 s of steps lie between.
+    arrivals = [[0.5, 2.0, 4.0, 6.0], [2.0, 5.0, 9.0, 9.5]]
+    found = serving.rates(arrivals, seconds=10.0)
+    assert found["step_ms"] == 2000
+    assert found["decode_tokens_per_s"] == 1.0
+    assert found["tokens_per_s"] == 0.8
+    assert found["first_token_s"] == 2.0
 
 
 def test_what_is_timed_in_full_is_for_the_second_backend_too():
