@@ -263,7 +263,9 @@ def paged_step(
     runner.state = dataclasses.replace(state, block_tables=jnp.array(tables))
 
     def step() -> int:
-        engine.step()
+        for sequence in engine.step():
+            if sequence.request.error is not None:
+                raise sequence.request.error
         return scheduler.num_tokens_held // batch
 
     return step

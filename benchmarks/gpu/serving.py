@@ -50,11 +50,11 @@ class Load:
 
 LOADS = {
     "full": Load(
-        name="Llama-8B 64 x 2048 + 32",
+        name="Llama-8B 64 x 2048 + 160",
         config=LLAMA_8B,
         requests=64,
         prompt_len=2048,
-        max_tokens=32,
+        max_tokens=160,  # the first still decodes when the last prompt is computed
         max_num_batched_tokens=4096,
     ),
     "toy": Load(
@@ -83,7 +83,10 @@ def run(settings: Settings, record: Record) -> None:
 
 
 def rates(arrivals: Sequence[Sequence[float]], seconds: float) -> dict:
-    """Of the seconds at which each request's tokens came, and of the whole run's."""
+    """Of the seconds at which each request's tokens came, and of the whole run's.
+
+    Where the first request ends before the last begins, there is nothing to say of a step.
+    """
     begin = max(times[0] for times in arrivals)
     end = min(times[-1] for times in arrivals)
     steps = [
@@ -92,11 +95,16 @@ def rates(arrivals: Sequence[Sequence[float]], seconds: float) -> dict:
         for earlier, later in itertools.pairwise(times)
         if begin <= earlier and later <= end
     ]
-    step = statistics.median(steps)
+    joint = {}
+    if steps:
+        step = statistics.median(steps)
+        joint = {
+            "step_ms": round(step * 1e3, 2),
+            "decode_tokens_per_s": round(len(arrivals) / step, 1),
+        }
     return {
         "ok": True,
-        "step_ms": round(step * 1e3, 2),
-        "decode_tokens_per_s": round(len(arrivals) / step, 1),
+        **joint,
         "tokens_per_s": round(sum(map(len, arrivals)) / seconds, 1),
         "first_token_s": round(begin, 3),
         "seconds": round(seconds, 3),

@@ -390,6 +390,9 @@ def test_rates_are_of_the_time_in_which_every_request_decodes():
     assert found["decode_tokens_per_s"] == 1.0
     assert found["tokens_per_s"] == 0.8
     assert found["first_token_s"] == 2.0
+    apart = serving.rates([[0.5, 1.0], [2.0, 5.0]], seconds=5.0)
+    assert apart["tokens_per_s"] == 0.8
+    assert "step_ms" not in apart
 
 
 def test_what_is_timed_in_full_is_for_the_second_backend_too():
