@@ -1,6 +1,7 @@
 """The device to run on, and a clear word where JAX cannot use the one that is there."""
 
 import importlib.metadata
+import os
 import pathlib
 from typing import Protocol
 
@@ -24,6 +25,12 @@ class Device(Protocol):
     def memory_stats(self) -> dict[str, int] | None:
         """Bytes in use and the limit, where the platform knows them."""
         ...
+
+
+def num_cores() -> int:
+    """Of the processor, that this process may use."""
+    has_affinity = hasattr(os, "sched_getaffinity")  # Linux
+    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
 
 
 def first_device() -> Device:

@@ -12,7 +12,7 @@ from jpaged.batch import pack_batch, table_updates
 from jpaged.buckets import Bucket, Buckets
 from jpaged.compilation import compiler_options
 from jpaged.config import EngineConfig
-from jpaged.devices import first_device
+from jpaged.devices import first_device, num_cores
 from jpaged.plan import ScheduledRow, StepPlan
 from jpaged.preparation import pack_preparations
 from jpaged.programs import (
@@ -34,7 +34,8 @@ from jpaged.swap_space import SwapSpace, padded_ids, transfers
 from jpaged_models import Decoder
 from pallas_kernels import NULL_BLOCK, Backend
 
-COMPILE_THREADS = 4  # the compiler runs in parallel as far as there are cores
+# The compiler shares out each program's code itself: more threads take no less time, and 600 MB.
+CORES_OF_A_THREAD = 2
 
 
 class Runner:
@@ -103,7 +104,7 @@ class Runner:
         if self.config.num_swap_blocks:
             common += [ReadBlocks(), WriteBlocks()]
         missing = [program for program in common if program not in self.programs]
-        with ThreadPoolExecutor(COMPILE_THREADS) as threads:
+        with ThreadPoolExecutor(max(1, num_cores() // CORES_OF_A_THREAD)) as threads:
             compiled = threads.map(self.compile, missing)
             bar = tqdm(compiled, "compiling", len(missing), disable=not progress, leave=False)
             try:

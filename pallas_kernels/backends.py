@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.typing import DTypeLike
 
-from pallas_kernels.cpu import attention as cpu
+from pallas_kernels.cpu import kernels as cpu
 from pallas_kernels.cpu.build import BuildError
 from pallas_kernels.gpu import common as gpu
 from pallas_kernels.gpu.device import as_number
@@ -49,9 +49,9 @@ def default_backend(platform: str | None = None) -> Backend:
     platform = platform or jax.devices()[0].platform
     if platform == "cpu":
         try:
-            cpu.register()
+            cpu.prepare()
         except BuildError as reason:
-            _warn_once(f"attention by xla, the CPU kernel is missing: {reason}")
+            _warn_once(f"attention by xla, the CPU kernels are missing: {reason}")
         else:
             return Backend.CPU
     kernels = {"gpu": Backend.PALLAS_GPU, "tpu": Backend.PALLAS_TPU}.get(platform)
@@ -86,7 +86,7 @@ def choose_backend(name: str, platform: str) -> Backend:
         raise ValueError(f"attention_backend={name!r} needs a {needed}, this is a {platform}")
     if backend is Backend.CPU:
         try:
-            cpu.register()
+            cpu.prepare()
         except BuildError as reason:
             raise ValueError(f"attention_backend='cpu' cannot be compiled: {reason}") from reason
     if reason := _unfit(backend):

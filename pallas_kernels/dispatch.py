@@ -11,6 +11,7 @@ from pallas_kernels import reference, xla
 from pallas_kernels.backends import GPU_BACKENDS, MOSAIC_BACKENDS, TPU_BACKENDS, Backend
 from pallas_kernels.checks import check_attention, check_batch, check_rows, check_write
 from pallas_kernels.cpu import attention as cpu
+from pallas_kernels.cpu import write as cpu_write
 from pallas_kernels.gpu import copy as gpu_copy
 from pallas_kernels.gpu import decode as gpu_decode
 from pallas_kernels.gpu import ragged as gpu_ragged
@@ -127,6 +128,8 @@ def write_kv(
     cut to what its dtype keeps.
     """
     check_write(pool, k, v, slots, kv_scales)
+    if backend is Backend.CPU and kv_scales is None:
+        return cpu_write.write_kv(pool, k.astype(pool.dtype), v.astype(pool.dtype), slots)
     if kv_scales is None:
         kv = jnp.concatenate([k, v], axis=-1).astype(pool.dtype)
     else:

@@ -1,7 +1,7 @@
 """The parts that decoders share: attention over the pool, norms, rotary positions, MLPs, the head.
 
 Products accumulate in float32 and are cast where they are stored. On a CPU a bfloat16 product is
-ten times slower without `preferred_element_type` (JAX 0.10), and with a single row (to 0.12).
+ten times slower without `preferred_element_type` (JAX 0.10).
 """
 
 import functools
@@ -17,19 +17,21 @@ from jaxtyping import Array, DTypeLike, Float, Int32
 
 from jpaged_models.config import ModelConfig, RopeScaling
 from jpaged_models.context import Phase, Rotary, StepContext
-from pallas_kernels import paged_attention, paged_decode, write_kv
+from pallas_kernels import paged_attention, paged_decode, row_product, write_kv
 
 
 def product(equation: str, x: Float[Array, "..."], kernel: Float[Array, "..."]) -> Array:
-    """An einsum summed in float32 and stored in the activations' dtype; rows are x's first axis."""
-    return _product(equation, x, kernel).astype(x.dtype)
+    """An einsum summed in float32 and stored in the activations' dtype.
+
+    x is [T, D], and D is the kernel's first axis.
+    """
+    if _is_narrow_row(x):
+        return row_product(x, kernel).astype(x.dtype)
+    return jnp.einsum(equation, x, kernel, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
-def _product(equation: str, x: Float[Array, "..."], kernel: Float[Array, "..."]) -> Array:
-    rows = x.shape[0]
-    if rows == 1 and x.dtype != jnp.float32:
-        x = jnp.concatenate([x, jnp.zeros_like(x)])
-    return jnp.einsum(equation, x, kernel, preferred_element_type=jnp.float32)[:rows]
+def _is_narrow_row(x: Float[Array, "T D"]) -> bool:
+    return x.shape[0] == 1 and x.dtype != jnp.float32
 
 
 @functools.partial(jax.jit, static_argnames="window")
@@ -218,7 +220,9 @@ def activation(name: str) -> Callable[[Array], Array]:
 
 def head_logits(hidden: Float[Array, "T D"], head: Float[Array, "V D"]) -> Float[Array, "T V"]:
     """Logits in float32, from an embedding or an untied head stored [V, D]."""
-    return _product("TD,VD->TV", hidden, head)
+    if _is_narrow_row(hidden):
+        return row_product(hidden, head, is_transposed=True)
+    return jnp.einsum("TD,VD->TV", hidden, head, preferred_element_type=jnp.float32)
 
 
 def rotary_for(

@@ -1,4 +1,4 @@
-"""The `cpu` backend: `paged_attention.cc` as a JAX function."""
+"""Attention of the `cpu` backend: `paged_attention.cc` as a JAX function."""
 
 import functools
 
@@ -10,17 +10,24 @@ from jaxtyping import Array, Float, Real
 from pallas_kernels.cpu.build import library
 from pallas_kernels.layout import MASKED, PagedBatch
 
-_TARGET = "jpaged_paged_attention"
-POOL_DTYPES = (jnp.float32, jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn)
+_POOLS = {  # what is compiled for which dtype: each when it is first needed
+    "float32": "float",
+    "bfloat16": "BFloat16",
+    "int8": "int8_t",
+    "float8_e4m3fn": "Float8",
+}
 NO_WINDOW = 2**31 - 1  # as many tokens as an int32 length can count
 NO_SOFT_CAP = 0  # to the kernel; a caller's own 0 is refused before it comes here
 
 
 @functools.cache
-def register() -> None:
-    """Makes the compiled kernel known to XLA. Raises BuildError where there is none."""
-    handler = jax.ffi.pycapsule(getattr(library(), _TARGET))
-    jax.ffi.register_ffi_target(_TARGET, handler, platform="cpu")
+def register(pool_dtype: str) -> str:
+    """The name by which XLA knows the kernel for such pools. Raises BuildError where there is none."""
+    compiled = library("paged_attention.cc", f"KV={_POOLS[pool_dtype]}")
+    target = f"jpaged_paged_attention_{pool_dtype}"
+    handler = jax.ffi.pycapsule(compiled.jpaged_paged_attention)
+    jax.ffi.register_ffi_target(target, handler, platform="cpu")
+    return target
 
 
 def paged_attention(
@@ -39,8 +46,7 @@ def paged_attention(
     The kernel follows the numbers it is given, so it looks at them first: a start, a length or a
     block id that would lead outside the arrays fails the call with INVALID_ARGUMENT.
     """
-    register()
-    if pool.dtype not in POOL_DTYPES:
+    if pool.dtype.name not in _POOLS:
         raise ValueError(
             "the cpu backend needs a float32, bfloat16, int8 or float8_e4m3fn pool, "
             f"got {pool.dtype}; use xla"
@@ -51,7 +57,9 @@ def paged_attention(
     kv_scales = jnp.ones((2, K)) if kv_scales is None else kv_scales.astype(jnp.float32)
     # Under `vmap` calls follow one another: each one has all the threads already.
     attend = jax.ffi.ffi_call(
-        _TARGET, jax.ShapeDtypeStruct(q.shape, jnp.float32), vmap_method="sequential"
+        register(pool.dtype.name),
+        jax.ShapeDtypeStruct(q.shape, jnp.float32),
+        vmap_method="sequential",
     )
     out = attend(
         q.astype(jnp.float32),

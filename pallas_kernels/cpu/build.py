@@ -1,4 +1,4 @@
-"""Compiles `paged_attention.cc` with the machine's own compiler, once, into the user's cache."""
+"""Compiles our C++ with the machine's own compiler, once, into the user's cache."""
 
 import contextlib
 import ctypes
@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import jax
 
 logger = logging.getLogger(__name__)  # unconfigured, Python prints its warnings on stderr
-SOURCE = pathlib.Path(__file__).with_name("paged_attention.cc")
+SOURCES = pathlib.Path(__file__).parent
 COMPILE = ("-c", "-std=c++17", "-O3", "-march=native", "-ffast-math", "-DNDEBUG", "-fPIC", "-w")
 LINK = ("-shared",)  # without -ffast-math, for which GCC links code that flushes subnormals to zero
 
@@ -28,22 +28,22 @@ class BuildError(Exception):
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
-    """The compiled kernel, from the cache or from the compiler. Raises BuildError."""
+def library(source: str, *defines: str) -> ctypes.CDLL:
+    """A compiled file of ours, from the cache or from the compiler. Raises BuildError."""
     try:
-        return _found_or_compiled()
+        return _found_or_compiled(SOURCES / source, defines)
     except OSError as error:  # no such program, nowhere to write to
         raise BuildError(str(error)) from error
 
 
-def _found_or_compiled() -> ctypes.CDLL:
-    compiler = _compiler()
-    name = f"paged_attention-{_key(compiler)}"
+def _found_or_compiled(source: pathlib.Path, defines: tuple[str, ...]) -> ctypes.CDLL:
+    command = [*_compiler(), *(f"-D{define}" for define in defines)]
+    name = f"{source.stem}-{_key(source, command)}"
     with _cache_folder() as folder:
         file = next(filter(_is_whole, folder.glob(f"{name}-*.so")), None)
         if file is None:
-            logger.warning("compiling the CPU attention kernel, once")
-            file = _compile(compiler, folder, name)
+            logger.warning("compiling %s for this CPU, once", " ".join([source.name, *defines]))
+            file = _compile(source, command, folder, name)
         return ctypes.CDLL(str(file))
 
 
@@ -62,11 +62,11 @@ def _compiler() -> list[str]:
     raise BuildError(f"no C++ compiler ({names}); install one or name it in CXX")
 
 
-def _key(compiler: list[str]) -> str:
+def _key(source: pathlib.Path, compiler: list[str]) -> str:
     """What a compiled file depends on: source, flags, compiler, jaxlib's headers, processor."""
     version = _run([*compiler, "--version"])
     parts = (
-        SOURCE.read_text(),
+        source.read_text(),
         *COMPILE,
         *LINK,
         *compiler,
@@ -108,7 +108,9 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def _compile(compiler: list[str], folder: pathlib.Path, name: str) -> pathlib.Path:
+def _compile(
+    source: pathlib.Path, compiler: list[str], folder: pathlib.Path, name: str
+) -> pathlib.Path:
     """Compiles to a file of this process's own and renames it: others see all of it or nothing.
 
     Where the machine goes down before the content is on the disk, `_is_whole` finds out.
@@ -116,7 +118,7 @@ def _compile(compiler: list[str], folder: pathlib.Path, name: str) -> pathlib.Pa
     with tempfile.TemporaryDirectory(dir=folder) as own:
         compiled, linked = pathlib.Path(own, "kernel.o"), pathlib.Path(own, "kernel.so")
         include = f"-I{jax.ffi.include_dir()}"
-        _run([*compiler, *COMPILE, include, str(SOURCE), "-o", str(compiled)])
+        _run([*compiler, *COMPILE, include, str(source), "-o", str(compiled)])
         _run([*compiler, *LINK, str(compiled), "-o", str(linked)])
         return linked.replace(folder / f"{name}-{_digest(linked.read_bytes())}.so")
 

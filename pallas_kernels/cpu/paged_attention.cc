@@ -1,8 +1,8 @@
 // Causal attention over a paged pool on a CPU, called through jax.ffi.
 //
 //   q            [T, N, H]      float32, the tokens of all rows, row after row
-//   pool         [P, K, S, 2H]  float32, bfloat16, int8 or float8_e4m3fn, keys in lanes 0..H-1,
-//                               values behind them
+//   pool         [P, K, S, 2H]  of KV, which the compiler is told: float, BFloat16, int8_t or Float8
+//                               (e4m3fn); keys in lanes 0..H-1, values behind them
 //   tables       [B, M]         block ids of each row's context
 //   query_starts [B + 1]        row r owns tokens query_starts[r] .. query_starts[r + 1] - 1
 //   seq_lens     [B]            tokens of a row's context, its own queries the last of them
@@ -59,10 +59,9 @@ struct Call {
   const float *sinks, *kv_scales;
   float *out, scale, soft_cap;
   int64_t window;
-  void (*attend)(const Call&, const Task&);
   std::vector<Task> tasks = {};
   std::atomic<size_t> next{0}, done{0};
-  void drain() { for (size_t i; (i = next++) < tasks.size(); ++done) attend(*this, tasks[i]); }
+  void drain();
 };
 
 int64_t whole_vectors(int64_t lanes) { return (lanes + kVector - 1) / kVector * kVector; }
@@ -101,7 +100,7 @@ Vector load(const Float8* from, int64_t lanes) {
 
 // logits[r][t] = q[r] . keys[t], for R rows of q padded to whole vectors. Blocks lie anywhere, so the
 // processor cannot foresee them: what kAhead tokens later is needed, keys and values, is asked for.
-template <int R, typename Size, typename KV>
+template <int R, typename Size>
 void multiply_keys(const float* q, const KV* const* kv, int64_t tokens, Size H, float* logits) {
   const int64_t padded = whole_vectors(H);
   for (int64_t t = 0; t < tokens; ++t) {
@@ -120,7 +119,7 @@ void multiply_keys(const float* q, const KV* const* kv, int64_t tokens, Size H, 
 }
 
 // values[r] += weights[r][t] * v[t].
-template <int R, typename Size, typename KV>
+template <int R, typename Size>
 void add_values(const float* weights, const KV* const* kv, int64_t tokens, Size H, float* values) {
   const int64_t padded = whole_vectors(H);
   for (int64_t h = 0; h < H; h += kVector) {
@@ -154,7 +153,6 @@ void soften(const Call& call, int64_t own, int64_t tokens, float* logits, float*
 
 // kv[i] = where the K|V of position `first + i` lie, for all positions before `end`; behind them, up
 // to `size`, the last one again. Divisions, slow ones, are made once a block.
-template <typename KV>
 void find(const Call& call, const Task& task, int64_t first, int64_t end, int64_t size,
           const KV** kv) {
   int64_t i = 0;
@@ -179,7 +177,7 @@ void by_rows(int64_t rows, Visit visit) {
   if (rows - r == 1) visit(std::integral_constant<int, 1>(), r);
 }
 
-template <typename KV, typename Size>
+template <typename Size>
 void attend(const Call& call, const Task& task, Size H) {
   const int64_t G = call.N / call.K, rows = task.count * G;  // a row is one query head of one token
   const int64_t padded = whole_vectors(H);
@@ -217,18 +215,13 @@ void attend(const Call& call, const Task& task, Size H) {
 }
 
 // The common head sizes are known to the compiler.
-template <typename KV>
 void attend_any(const Call& call, const Task& task) {
-  if (call.H == 64) return attend<KV>(call, task, std::integral_constant<int64_t, 64>());
-  if (call.H == 128) return attend<KV>(call, task, std::integral_constant<int64_t, 128>());
-  attend<KV>(call, task, call.H);
+  if (call.H == 64) return attend(call, task, std::integral_constant<int64_t, 64>());
+  if (call.H == 128) return attend(call, task, std::integral_constant<int64_t, 128>());
+  attend(call, task, call.H);
 }
 
-void (*attend_over(ffi::DataType dtype))(const Call&, const Task&) {
-  if (dtype == ffi::BF16) return attend_any<BFloat16>;
-  if (dtype == ffi::S8) return attend_any<int8_t>;
-  return dtype == ffi::F8E4M3FN ? attend_any<Float8> : attend_any<float>;
-}
+void Call::drain() { for (size_t i; (i = next++) < tasks.size(); ++done) attend_any(*this, tasks[i]); }
 
 ffi::Error invalid(std::string name, int64_t row, int64_t low, int64_t high, int64_t came) {
   return ffi::Error::InvalidArgument(
@@ -249,7 +242,7 @@ ffi::Error paged_attention(ffi::ThreadPool threads, Floats q, ffi::AnyBuffer poo
   const std::shared_ptr<Call> call(new Call{
       queries[1], queries[2], K, S, M, q.typed_data(), pool.untyped_data(), tables.typed_data(),
       query_starts.typed_data(), seq_lens.typed_data(), sinks.typed_data(), kv_scales.typed_data(),
-      out->typed_data(), scale, soft_cap, window, attend_over(pool.element_type())});
+      out->typed_data(), scale, soft_cap, window});
   int64_t end = 0;  // of the row's queries
   for (int64_t row = 0; row < rows[0]; ++row) {
     const int64_t start = call->query_starts[row], length = call->seq_lens[row];

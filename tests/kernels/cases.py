@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import Backend, PagedBatch, paged_attention, paged_decode
-from pallas_kernels.cpu.build import BuildError, library
+from pallas_kernels.cpu import kernels
+from pallas_kernels.cpu.build import BuildError
 
 SCALE = 0.3
 
@@ -17,7 +18,7 @@ SCALE = 0.3
 def _backends_here() -> list[Backend]:
     """Those that run on a CPU; `cpu` where there is a C++ compiler."""
     try:
-        library()
+        kernels.prepare()
     except BuildError:
         return [Backend.REFERENCE, Backend.XLA]
     return [Backend.REFERENCE, Backend.XLA, Backend.CPU]
