@@ -13,12 +13,11 @@ import jax
 _GRAPH_PARTS = ("FUSION", "CUBLAS", "CUBLASLT", "CUDNN", "CUSTOM_CALL", "CONDITIONAL", "WHILE")
 
 
-# For a CPU, LLVM's own default: with what XLA asks of it beyond that it takes two thirds longer, and
-# the programs are no faster (SmolLM2, greedy and sampled, one row and 32), since products and
-# attention are library calls.
-_CPU_LEVEL = 1
+# LLVM on a CPU: at a higher level it takes a tenth longer (a scatter twice as long), and a step is
+# no faster (SmolLM2, greedy and sampled, 1 and 32 rows): what takes its time is library calls.
+_CPU_LEVEL = "1"
 
-Options = dict[str, str | bool | int]
+Options = dict[str, str | bool]
 
 
 def compiler_options(platform: str) -> Options:

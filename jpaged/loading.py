@@ -3,23 +3,39 @@
 import contextlib
 import dataclasses
 import sys
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import DTypeLike
 
+from jpaged.ahead import Ahead
 from jpaged.buckets import Buckets
 from jpaged.compilation import enable_cache
 from jpaged.config import EngineConfig
 from jpaged.devices import Device, first_device
 from jpaged.engine import Engine
-from jpaged.memory import block_bytes, check_room, pool_bytes, swap_blocks
+from jpaged.memory import (
+    block_bytes,
+    check_room,
+    pool_bytes,
+    return_freed_memory,
+    swap_blocks,
+)
 from jpaged.options import Options
-from jpaged.programs import ShapedStep
+from jpaged.programs import Program, ShapedStep, common_programs
 from jpaged.runner import Runner
 from jpaged.scheduler import Scheduler
 from jpaged.step import Step
-from jpaged_models import Checkpoint, Decoder, Tokenizer, load_decoder, open_checkpoint
+from jpaged_models import (
+    Checkpoint,
+    Decoder,
+    Tokenizer,
+    abstract_decoder,
+    load_decoder,
+    open_checkpoint,
+)
 from pallas_kernels import Backend, check_pool_of, choose_backend
 
 
@@ -39,41 +55,20 @@ def build_engine(options: Options) -> BuiltEngine:
     with contextlib.closing(
         open_checkpoint(options.model, revision=options.revision)
     ) as checkpoint:
-        config, source = checkpoint.config, checkpoint.source
-        longest = config.max_position_embeddings
-        limits = options.limits(platform=device.platform, longest=longest)
-        if limits.max_model_len > longest:
-            raise ValueError(
-                f"max_model_len={limits.max_model_len} exceeds the model's context of {longest} "
-                "tokens; lower it, or leave it out"
-            )
-        weights_dtype = _dtype(options.dtype, checkpoint, device)
-        # A bfloat16 scatter on a CPU converts the whole pool (JAX 0.10), so it stays float32.
-        pool_dtype = jnp.float32 if device.platform == "cpu" else weights_dtype
-        check_pool_of(
-            backend,
-            block_size=limits.block_size,
-            dtype=pool_dtype,
-            head_size=config.head_size,
-            queries_per_head=config.group_size,
-        )
-        size = block_bytes(config, block_size=limits.block_size, dtype=pool_dtype, backend=backend)
-        num_swap_blocks = swap_blocks(options.swap_space, size=size)
-        limits = dataclasses.replace(limits, num_swap_blocks=num_swap_blocks)
-        if options.num_blocks is not None:
-            check_room(device, num_blocks=limits.num_blocks, size=size)
+        plan = _plan(options, checkpoint, device, backend)
         tokenizer = checkpoint.tokenizer  # before the weights: it may be refused
-        decoder = load_decoder(checkpoint, dtype=weights_dtype)
+        decoder, programs = _load(checkpoint, plan, options)
     engine = engine_for(
         decoder,
         tokenizer,
-        limits,
-        pool_dtype=pool_dtype,
+        plan.limits,
+        pool_dtype=plan.pool_dtype,
         backend=backend,
         device=device,
-        memory_fraction=options.memory_fraction if options.num_blocks is None else None,
+        memory_fraction=plan.memory_fraction,
+        programs=programs,
     )
-    return BuiltEngine(engine, source)
+    return BuiltEngine(engine, checkpoint.source)
 
 
 def engine_for(
@@ -85,25 +80,110 @@ def engine_for(
     backend: Backend,
     device: Device,
     memory_fraction: float | None,
+    programs: Mapping[Program, jax.stages.Compiled] | None = None,
 ) -> Engine:
     """An engine over a decoder on `device`; sizes the pool where `memory_fraction` is given."""
-    buckets = Buckets(
-        max_num_seqs=limits.max_num_seqs, max_num_batched_tokens=limits.max_num_batched_tokens
-    )
+    buckets = _buckets(limits)
     if memory_fraction is not None:
         step = Step(decoder, limits, pool_dtype=pool_dtype, backend=backend)
-        limits = _with_pool(step, buckets, device, memory_fraction)
-    runner = Runner(decoder, limits, buckets, pool_dtype=pool_dtype, backend=backend)
+        temporaries = _temporaries(step, buckets) if device.memory_stats() else 0
+        limits = _with_pool(step, device, memory_fraction, temporaries=temporaries)
+    runner = Runner(
+        decoder, limits, buckets, pool_dtype=pool_dtype, backend=backend, programs=programs
+    )
     scheduler = Scheduler(limits, eos_token_ids=decoder.config.eos_token_ids)
     return Engine(scheduler, runner, tokenizer)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What is decided before the weights are loaded.
+
+    `memory_fraction` is given where the pool's size waits for them, as an accelerator's does, whose
+    memory they share. `step` is there where it does not wait, and can be compiled at once.
+    """
+
+    weights_dtype: DTypeLike
+    pool_dtype: DTypeLike
+    limits: EngineConfig
+    memory_fraction: float | None
+    step: Step | None
+
+
+def _plan(options: Options, checkpoint: Checkpoint, device: Device, backend: Backend) -> _Plan:
+    """Raises ValueError for what the model or the device does not allow."""
+    config = checkpoint.config
+    longest = config.max_position_embeddings
+    limits = options.limits(platform=device.platform, longest=longest)
+    if limits.max_model_len > longest:
+        raise ValueError(
+            f"max_model_len={limits.max_model_len} exceeds the model's context of {longest} "
+            "tokens; lower it, or leave it out"
+        )
+    weights_dtype = _dtype(options.dtype, checkpoint, device)
+    # A bfloat16 scatter on a CPU converts the whole pool (JAX 0.10), so it stays float32.
+    pool_dtype = jnp.float32 if device.platform == "cpu" else weights_dtype
+    check_pool_of(
+        backend,
+        block_size=limits.block_size,
+        dtype=pool_dtype,
+        head_size=config.head_size,
+        queries_per_head=config.group_size,
+    )
+    size = block_bytes(config, block_size=limits.block_size, dtype=pool_dtype, backend=backend)
+    num_swap_blocks = swap_blocks(options.swap_space, size=size)
+    limits = dataclasses.replace(limits, num_swap_blocks=num_swap_blocks)
+    fraction = options.memory_fraction if options.num_blocks is None else None
+    if fraction is None:
+        check_room(device, num_blocks=limits.num_blocks, size=size)
+    dtypes = {"weights_dtype": weights_dtype, "pool_dtype": pool_dtype}
+    if device.memory_stats():
+        return _Plan(**dtypes, limits=limits, memory_fraction=fraction, step=None)
+    step = Step(
+        abstract_decoder(config, dtype=weights_dtype),
+        limits,
+        pool_dtype=pool_dtype,
+        backend=backend,
+    )
+    if fraction is not None:
+        step.config = _with_pool(step, device, fraction, temporaries=0)
+    return _Plan(**dtypes, limits=step.config, memory_fraction=None, step=step)
+
+
+def _load(
+    checkpoint: Checkpoint, plan: _Plan, options: Options
+) -> tuple[Decoder, dict[Program, jax.stages.Compiled]]:
+    """The weights, and the programs that were compiled meanwhile, before there is a pool.
+
+    So what the compiler takes is free again when the pool is made.
+    """
+    if plan.step is None or not options.warm_up:
+        return load_decoder(checkpoint, dtype=plan.weights_dtype), {}
+    ahead = Ahead(plan.step.compile, common_programs(plan.limits, _buckets(plan.limits)))
+    decoder = None
+    try:
+        decoder = load_decoder(checkpoint, dtype=plan.weights_dtype)
+        programs = ahead.finish(progress=options.use_tqdm)
+    except BaseException:  # whoever keeps the traceback would keep the weights
+        ahead.cancel()
+        for leaf in jax.tree.leaves(nnx.state(decoder)) if decoder else ():
+            leaf.delete()
+        raise
+    return_freed_memory()
+    return decoder, programs
+
+
+def _buckets(limits: EngineConfig) -> Buckets:
+    return Buckets(
+        max_num_seqs=limits.max_num_seqs, max_num_batched_tokens=limits.max_num_batched_tokens
+    )
+
+
 def _with_pool(
-    step: Step, buckets: Buckets, device: Device, memory_fraction: float
+    step: Step, device: Device, memory_fraction: float, *, temporaries: int
 ) -> EngineConfig:
     """The step's limits with as many blocks as memory allows, and no more than could be used."""
     limits = step.config
-    temporaries = _temporaries(step, buckets) if device.memory_stats() else 0
     size = block_bytes(
         step.model,
         block_size=limits.block_size,
@@ -117,6 +197,7 @@ def _with_pool(
         temporaries=temporaries,
         least=2 * size,
         wanted=wanted * size,
+        to_come=step.param_bytes,
     )
     num_blocks = granted // size
     print(
@@ -132,7 +213,7 @@ def _temporaries(step: Step, buckets: Buckets) -> int:
 
     It bends logits, as any request may ask for, and so holds what bends them.
     """
-    analysis = step.lower(ShapedStep(buckets.all[0])).compile().memory_analysis()
+    analysis = step.compile(ShapedStep(buckets.all[0])).memory_analysis()
     assert analysis is not None, "every device that knows its memory analyses its programs"
     own = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     shape = jax.tree.leaves(jax.eval_shape(step.zero_shape))

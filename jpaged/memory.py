@@ -1,5 +1,7 @@
 """How many blocks the pool gets when nobody says: never so many that the machine dies of it."""
 
+import contextlib
+import ctypes
 import os
 import pathlib
 
@@ -32,20 +34,27 @@ def block_bytes(model: ModelConfig, *, block_size: int, dtype: DTypeLike, backen
 
 
 def pool_bytes(
-    device: Device, *, memory_fraction: float, temporaries: int, least: int, wanted: int
+    device: Device,
+    *,
+    memory_fraction: float,
+    temporaries: int,
+    least: int,
+    wanted: int,
+    to_come: int = 0,
 ) -> int:
     """Bytes for the pool on `device`, or ValueError where that is not even `least`.
 
     Args:
-        device: where the pool will live, the weights on it already.
+        device: where the pool will live; the weights of an accelerator are on it already.
         memory_fraction: the share of an accelerator's memory that may be in use in all.
         temporaries: bytes that the largest step needs beside weights and pool.
         least: bytes of the smallest pool.
         wanted: bytes of every row at its longest: more could never be used.
+        to_come: bytes of the weights where they are still to be loaded.
     """
     stats = device.memory_stats()
     if not stats or "bytes_limit" not in stats:
-        return _cpu_pool_bytes(least, wanted)
+        return _cpu_pool_bytes(least, wanted, to_come)
     free = int(memory_fraction * stats["bytes_limit"]) - stats["bytes_in_use"] - temporaries
     if free < least:
         raise ValueError(
@@ -100,10 +109,18 @@ def available_bytes() -> int | None:
     return max(min(known), 0) if known else None
 
 
-def _cpu_pool_bytes(least: int, wanted: int) -> int:
+def return_freed_memory() -> None:
+    """Gives the system what was freed and the allocator keeps: a compiler leaves 300 MB so.
+
+    The pool is too large to be made of it. Only the GNU library has a word for this.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _cpu_pool_bytes(least: int, wanted: int, to_come: int) -> int:
     available = available_bytes()
-    if available is None:
-        available = ASSUMED_BYTES
+    available = ASSUMED_BYTES if available is None else max(0, available - to_come)
     granted = min(wanted, available // CPU_SHARE, MAX_CPU_POOL_BYTES)
     if granted < least:
         raise ValueError(

@@ -3,7 +3,8 @@
 import dataclasses
 import enum
 
-from jpaged.buckets import Bucket
+from jpaged.buckets import Bucket, Buckets
+from jpaged.config import EngineConfig
 
 
 class Outputs(enum.Enum):
@@ -67,3 +68,11 @@ class WriteBlocks:
 Program = (
     Zeros | PlainStep | ShapedStep | Prepare | ZeroShape | StartShape | ReadBlocks | WriteBlocks
 )
+
+
+def common_programs(config: EngineConfig, buckets: Buckets) -> list[Program]:
+    """What serves whoever asks for nothing rare, the steps most likely to be wanted first."""
+    programs: list[Program] = [*map(PlainStep, buckets.all), Prepare()]
+    if config.num_swap_blocks:
+        programs += [ReadBlocks(), WriteBlocks()]
+    return programs

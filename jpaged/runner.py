@@ -1,18 +1,16 @@
 """Owns what lives on the device: parameters, pool, state and the compiled programs."""
 
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 
 import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import DTypeLike, PyTree
-from tqdm import tqdm
 
+from jpaged.ahead import Ahead
 from jpaged.batch import pack_batch, table_updates
 from jpaged.buckets import Bucket, Buckets
-from jpaged.compilation import compiler_options
 from jpaged.config import EngineConfig
-from jpaged.devices import first_device, num_cores
 from jpaged.plan import ScheduledRow, StepPlan
 from jpaged.preparation import pack_preparations
 from jpaged.programs import (
@@ -26,6 +24,7 @@ from jpaged.programs import (
     WriteBlocks,
     Zeros,
     ZeroShape,
+    common_programs,
 )
 from jpaged.shape_batch import pack_shape_batch, pack_shape_starts, shaping_rows
 from jpaged.state import LogitShape
@@ -33,9 +32,6 @@ from jpaged.step import Step, StepOutput
 from jpaged.swap_space import SwapSpace, padded_ids, transfers
 from jpaged_models import Decoder
 from pallas_kernels import NULL_BLOCK, Backend
-
-# The compiler shares out each program's code itself: more threads take no less time, and 600 MB.
-CORES_OF_A_THREAD = 2
 
 
 class Runner:
@@ -54,13 +50,14 @@ class Runner:
         *,
         pool_dtype: DTypeLike,
         backend: Backend,
+        programs: Mapping[Program, jax.stages.Compiled] | None = None,
     ) -> None:
         self.config = config
         self.buckets = buckets
         self.model = decoder.config
         self.step = Step(decoder, config, pool_dtype=pool_dtype, backend=backend)
         self.params = jax.tree.leaves(nnx.split(decoder)[1])
-        self.programs: dict[Program, jax.stages.Compiled] = {}
+        self.programs: dict[Program, jax.stages.Compiled] = dict(programs or {})
         self.shape: LogitShape | None = None
         self.lazy_compiles = 0
         self._zeros = self.compile(Zeros())
@@ -99,24 +96,14 @@ class Runner:
         return out
 
     def warm_up(self, *, progress: bool = False) -> None:
-        """Compiles every common program, on as many threads as help."""
-        common: list[Program] = [*map(PlainStep, self.buckets.all), Prepare()]
-        if self.config.num_swap_blocks:
-            common += [ReadBlocks(), WriteBlocks()]
+        """Compiles every common program that is not there yet, on as many threads as help."""
+        common = common_programs(self.config, self.buckets)
         missing = [program for program in common if program not in self.programs]
-        with ThreadPoolExecutor(max(1, num_cores() // CORES_OF_A_THREAD)) as threads:
-            compiled = threads.map(self.compile, missing)
-            bar = tqdm(compiled, "compiling", len(missing), disable=not progress, leave=False)
-            try:
-                self.programs.update(zip(missing, bar, strict=True))
-            except BaseException:  # an interrupt should not wait for what has not begun
-                threads.shutdown(wait=False, cancel_futures=True)
-                raise
+        self.programs |= Ahead(self.compile, missing).finish(progress=progress)
 
     def compile(self, program: Program) -> jax.stages.Compiled:
         """The executable of a program; its `memory_analysis()` is exact."""
-        options = compiler_options(first_device().platform)
-        return self.step.lower(program).compile(compiler_options=options)
+        return self.step.compile(program)
 
     @property
     def num_programs(self) -> int:

@@ -17,7 +17,9 @@ from jaxtyping import Array, DTypeLike, Float, Int32
 from jpaged.batch import batch_spec, packed_spec, sampling_spec, unpack
 from jpaged.beams import MAX_CANDIDATES
 from jpaged.buckets import Bucket
+from jpaged.compilation import compiler_options
 from jpaged.config import EngineConfig
+from jpaged.devices import first_device
 from jpaged.params import MAX_LOGPROBS
 from jpaged.preparation import preparation_spec
 from jpaged.programs import (
@@ -80,6 +82,11 @@ class Step:
         self._graph, params = nnx.split(decoder)
         leaves, self._params_tree = jax.tree.flatten(params)
         self.param_specs = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+
+    @property
+    def param_bytes(self) -> int:
+        """Of all parameters."""
+        return sum(spec.size * spec.dtype.itemsize for spec in self.param_specs)
 
     def zeros(self) -> tuple[Pools, DeviceState]:
         """A pool and a state that hold nothing."""
@@ -149,6 +156,11 @@ class Step:
         """The program, ready to be compiled."""
         jitted, specs = self.define(program)
         return jitted.lower(*specs)
+
+    def compile(self, program: Program) -> jax.stages.Compiled:
+        """The program's executable on the first device."""
+        options = compiler_options(first_device().platform)
+        return self.lower(program).compile(compiler_options=options)
 
     def _prepare(
         self, pools: Pools, state: DeviceState, packed: Int32[Array, " X"]

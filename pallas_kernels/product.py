@@ -13,7 +13,7 @@ from pallas_kernels.cpu.build import BuildError
 def row_product(
     x: Float[Array, "1 D"], matrix: Float[Array, "..."], *, is_transposed: bool = False
 ) -> Float32[Array, "1 ..."]:
-    """x times a matrix [D, ...], or [V, D] where `is_transposed`; summed in float32.
+    """A row times a matrix [D, ...], or [V, D] where `is_transposed`; summed in float32.
 
     On a CPU XLA would convert the whole matrix to float32 (JAX 0.10 to 0.12). There a bfloat16 row
     goes to `row_product.cc`, and where that is missing, or in float16, a row of zeros goes with it.

@@ -22,7 +22,7 @@ NO_SOFT_CAP = 0  # to the kernel; a caller's own 0 is refused before it comes he
 
 @functools.cache
 def register(pool_dtype: str) -> str:
-    """The name by which XLA knows the kernel for such pools. Raises BuildError where there is none."""
+    """The name by which XLA knows the kernel for such pools. Raises BuildError."""
     compiled = library("paged_attention.cc", f"KV={_POOLS[pool_dtype]}")
     target = f"jpaged_paged_attention_{pool_dtype}"
     handler = jax.ffi.pycapsule(compiled.jpaged_paged_attention)

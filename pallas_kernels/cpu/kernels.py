@@ -1,20 +1,20 @@
-"""What the `cpu` backend needs compiled, all of it at once."""
+"""What the `cpu` backend always needs compiled, side by side."""
 
 from concurrent.futures import ThreadPoolExecutor
 
-from pallas_kernels.cpu import attention, product, write
+from pallas_kernels.cpu import attention, write
 
 
 def prepare() -> None:
     """Compiles what a float32 pool needs, and registers it. Raises BuildError.
 
-    Attention over a pool of another dtype is compiled when it is first traced.
+    The rest is compiled when it is first traced: attention over pools of other dtypes, and the
+    product of one row.
     """
     with ThreadPoolExecutor() as threads:
         jobs = [
             threads.submit(attention.register, "float32"),
             threads.submit(write.register),
-            threads.submit(product.register),
         ]
     for job in jobs:
         job.result()

@@ -22,7 +22,7 @@ def register() -> None:
 def row_product(
     x: BFloat16[Array, "1 D"], matrix: BFloat16[Array, "..."], *, is_transposed: bool
 ) -> Float32[Array, "1 ..."]:
-    """x times a matrix [D, ...], or [V, D] where `is_transposed`; summed in float32."""
+    """A row times a matrix [D, ...], or [V, D] where `is_transposed`; summed in float32."""
     register()
     own = matrix.shape[:1] if is_transposed else matrix.shape[1:]
     flat = matrix if is_transposed else matrix.reshape(matrix.shape[0], -1)

@@ -66,7 +66,7 @@ def test_an_interrupted_warm_up_leaves_no_bytes_behind(
         raise KeyboardInterrupt
 
     before = device_bytes()
-    monkeypatch.setattr("jpaged.runner.tqdm", interrupt)
+    monkeypatch.setattr("jpaged.ahead.tqdm", interrupt)
     with pytest.raises(KeyboardInterrupt) as kept:  # and with it every frame of the call
         LLM(model_dir, **OPTIONS)
     assert kept.tb is not None

@@ -1,5 +1,6 @@
 """The `cpu` backend's compilation: kept in the cache, and its failures leave `xla`, with a word."""
 
+import functools
 import pathlib
 import shutil
 import tempfile
@@ -8,10 +9,11 @@ import numpy as np
 import pytest
 
 from pallas_kernels import Backend, backends, choose_backend, default_backend
-from pallas_kernels.cpu import attention, build
+from pallas_kernels.cpu import attention, build, write
 from pallas_kernels.cpu.build import BuildError
 
-library = build.library.__wrapped__
+SOURCE = "write_kv.cc"
+library = functools.partial(build.library.__wrapped__, SOURCE)
 
 COMPILER = next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), "")
 needs_compiler = pytest.mark.skipif(not COMPILER, reason="needs a C++ compiler")
@@ -22,17 +24,19 @@ def _nothing_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -
     """An empty home, no compiler named, no memory of what this process compiled and registered."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(attention, "library", library)
-    monkeypatch.setattr(attention, "register", attention.register.__wrapped__)
+    for module in (attention, write):
+        monkeypatch.setattr(module, "library", build.library.__wrapped__)
+        monkeypatch.setattr(module, "register", module.register.__wrapped__)
     backends._warn_once.cache_clear()
 
 
 @pytest.fixture
 def small_source(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
     """In place of the kernel, a function that is compiled at once and says 7."""
-    source = tmp_path / "small.cc"
-    source.write_text('extern "C" int seven() { return 7; }\n')
-    monkeypatch.setattr(build, "SOURCE", source)
+    small = 'extern "C" int seven() { return 7; }'
+    more = '#ifdef MORE\nextern "C" int more() { return MORE; }\n#endif\n'
+    (tmp_path / SOURCE).write_text(f"{small}\n{more}")
+    monkeypatch.setattr(build, "SOURCES", tmp_path)
 
 
 @pytest.fixture
@@ -55,7 +59,7 @@ def make_program(path: pathlib.Path, script: str) -> str:
 @needs_compiler
 def test_a_kernel_is_compiled_once(caplog: pytest.LogCaptureFixture, tmp_path: pathlib.Path):
     library()
-    assert caplog.messages == ["compiling the CPU attention kernel, once"]
+    assert caplog.messages == ["compiling write_kv.cc for this CPU, once"]
     (made,) = tmp_path.rglob("*.so")
     caplog.clear()
     library()
@@ -72,7 +76,7 @@ def test_without_a_compiler_attention_is_by_xla(
     with pytest.raises(BuildError, match=r"no C\+\+ compiler \(g\+\+, clang\+\+, c\+\+\); install"):
         library()
     assert default_backend("cpu") is Backend.XLA
-    assert "attention by xla, the CPU kernel is missing: no C++ compiler" in caplog.text
+    assert "attention by xla, the CPU kernels are missing: no C++ compiler" in caplog.text
     with pytest.raises(ValueError, match="attention_backend='cpu' cannot be compiled: no C"):
         choose_backend("cpu", "cpu")
 
@@ -149,12 +153,21 @@ def test_a_damaged_file_in_the_cache_is_compiled_again(
     monkeypatch.setenv("HOME", str(tmp_path / "other"))
     caplog.clear()
     assert library().seven() == 7
-    assert caplog.messages == ["compiling the CPU attention kernel, once"]
+    assert caplog.messages == ["compiling write_kv.cc for this CPU, once"]
     assert list(damaged.parent.iterdir()) == [damaged]
     assert damaged.read_bytes() == whole
     caplog.clear()
     library()
     assert caplog.messages == []
+
+
+@pytest.mark.usefixtures("small_source")
+@needs_compiler
+def test_what_is_defined_makes_files_of_their_own(caplog: pytest.LogCaptureFixture):
+    assert [library(f"MORE={n}").more() for n in (1, 2, 1)] == [1, 2, 1]
+    assert not hasattr(library(), "more")
+    said = [message.partition(" for")[0] for message in caplog.messages]
+    assert said == [f"compiling {SOURCE}{more}" for more in (" MORE=1", " MORE=2", "")]
 
 
 @pytest.mark.usefixtures("small_source")
