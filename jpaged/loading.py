@@ -121,8 +121,7 @@ def _plan(options: Options, checkpoint: Checkpoint, device: Device, backend: Bac
             "tokens; lower it, or leave it out"
         )
     weights_dtype = _dtype(options.dtype, checkpoint, device)
-    # A bfloat16 scatter on a CPU converts the whole pool (JAX 0.10), so it stays float32.
-    pool_dtype = jnp.float32 if device.platform == "cpu" else weights_dtype
+    pool_dtype = _pool_dtype(weights_dtype, device, backend)
     check_pool_of(
         backend,
         block_size=limits.block_size,
@@ -171,6 +170,12 @@ def _load(
         raise
     return_freed_memory()
     return decoder, programs
+
+
+def _pool_dtype(weights_dtype: DTypeLike, device: Device, backend: Backend) -> DTypeLike:
+    """The weights', but for a CPU's where XLA would write: its scatter converts the whole pool."""
+    is_moved_as_it_is = backend is Backend.CPU and weights_dtype == jnp.bfloat16
+    return jnp.float32 if device.platform == "cpu" and not is_moved_as_it_is else weights_dtype
 
 
 def _buckets(limits: EngineConfig) -> Buckets:

@@ -141,7 +141,8 @@ class Step:
             case ReadBlocks():
                 function, kept, sent = read_blocks, [pools], [_MOVED_IDS]
             case WriteBlocks():
-                function, donated, formats = write_blocks, [pools], layout
+                function = functools.partial(write_blocks, backend=self.backend)
+                donated, formats = [pools], layout
                 sent = [_MOVED_IDS, jax.eval_shape(read_blocks, pools, _MOVED_IDS)]
         arguments = (*kept, *donated, *sent)
         jitted = jax.jit(

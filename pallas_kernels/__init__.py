@@ -1,7 +1,13 @@
 """Attention over a paged pool of keys and values: arrays in, arrays out."""
 
 from pallas_kernels.backends import Backend, check_pool_of, choose_backend, default_backend
-from pallas_kernels.dispatch import copy_blocks, paged_attention, paged_decode, write_kv
+from pallas_kernels.dispatch import (
+    copy_blocks,
+    paged_attention,
+    paged_decode,
+    write_blocks,
+    write_kv,
+)
 from pallas_kernels.layout import (
     NULL_BLOCK,
     PagedBatch,
@@ -13,7 +19,7 @@ from pallas_kernels.layout import (
 from pallas_kernels.product import row_product
 from pallas_kernels.quantize import kv_scales_of
 from pallas_kernels.storage import pool_format, row_bytes
-from pallas_kernels.xla import read_blocks, write_blocks
+from pallas_kernels.xla import read_blocks
 
 __all__ = [
     "NULL_BLOCK",

@@ -11,7 +11,7 @@ from pallas_kernels import reference, xla
 from pallas_kernels.backends import GPU_BACKENDS, MOSAIC_BACKENDS, TPU_BACKENDS, Backend
 from pallas_kernels.checks import check_attention, check_batch, check_rows, check_write
 from pallas_kernels.cpu import attention as cpu
-from pallas_kernels.cpu import write as cpu_write
+from pallas_kernels.cpu import pool as cpu_pool
 from pallas_kernels.gpu import copy as gpu_copy
 from pallas_kernels.gpu import decode as gpu_decode
 from pallas_kernels.gpu import ragged as gpu_ragged
@@ -129,7 +129,7 @@ def write_kv(
     """
     check_write(pool, k, v, slots, kv_scales)
     if backend is Backend.CPU and kv_scales is None:
-        return cpu_write.write_kv(pool, k.astype(pool.dtype), v.astype(pool.dtype), slots)
+        return cpu_pool.write_kv(pool, k.astype(pool.dtype), v.astype(pool.dtype), slots)
     if kv_scales is None:
         kv = jnp.concatenate([k, v], axis=-1).astype(pool.dtype)
     else:
@@ -153,7 +153,23 @@ def copy_blocks(
     """
     if backend in (*GPU_BACKENDS, *MOSAIC_BACKENDS):
         return gpu_copy.copy_blocks(pools, copies, count, interpret=backend.is_interpreted)
-    return xla.copy_blocks(pools, copies, count)
+    module = cpu_pool if backend is Backend.CPU else xla
+    return module.copy_blocks(pools, copies, count)
+
+
+def write_blocks(
+    pools: tuple[Real[Array, "P K S W"], ...],
+    block_ids: Int32[Array, " X"],
+    blocks: Real[Array, "X L K S W"],
+    *,
+    backend: Backend,
+) -> tuple[Real[Array, "P K S W"], ...]:
+    """Every layer's pool with whole blocks put in; those for block id P are dropped.
+
+    In place where the caller donated the pools. Other block ids are distinct.
+    """
+    module = cpu_pool if backend is Backend.CPU else xla
+    return module.write_blocks(pools, block_ids, blocks)
 
 
 def _mosaic(

@@ -2,7 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
-from pallas_kernels.cpu import attention, write
+from pallas_kernels.cpu import attention, pool
 
 
 def prepare() -> None:
@@ -14,7 +14,7 @@ def prepare() -> None:
     with ThreadPoolExecutor() as threads:
         jobs = [
             threads.submit(attention.register, "float32"),
-            threads.submit(write.register),
+            threads.submit(pool.register),
         ]
     for job in jobs:
         job.result()

@@ -22,8 +22,8 @@ from jpaged.requests import Sequence as TokenSequence
 from jpaged.swap_space import SwapSpace, padded_ids, transfers
 from jpaged_models import Decoder, load_decoder, open_checkpoint
 from pallas_kernels import (
-    Backend,
     copy_blocks,
+    default_backend,
     read_blocks,
     write_blocks,
     write_kv,
@@ -49,10 +49,11 @@ class OracleOnDevice(Oracle):
 
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(config)
-        by_xla = {"backend": Backend.XLA}
-        self._write = jax.jit(functools.partial(write_kv, **by_xla), donate_argnums=0)
-        self._copy = jax.jit(functools.partial(copy_blocks, **by_xla), donate_argnums=0)
-        self._read, self._put = jax.jit(read_blocks), jax.jit(write_blocks, donate_argnums=0)
+        self._write, self._copy, self._put = (
+            jax.jit(functools.partial(change, backend=default_backend("cpu")), donate_argnums=0)
+            for change in (write_kv, copy_blocks, write_blocks)
+        )
+        self._read = jax.jit(read_blocks)
         block_shape = (1, 1, config.block_size, 2)
         self._space = SwapSpace(config.num_swap_blocks, block_shape, np.float32)
         shape = (config.num_blocks, 1, config.block_size, 2)

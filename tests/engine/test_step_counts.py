@@ -11,7 +11,7 @@ from jpaged import engine as engine_module
 from jpaged.buckets import Bucket
 from jpaged.config import EngineConfig
 from jpaged.params import SamplingParams
-from jpaged.programs import PlainStep
+from jpaged.programs import PlainStep, Prepare, Program, ReadBlocks, WriteBlocks
 from jpaged.step import Step
 from jpaged_models import Phase, abstract_decoder
 from pallas_kernels import Backend, default_backend
@@ -59,6 +59,33 @@ def test_a_layer_reads_its_weights_once_and_keeps_nothing(backend: str, bucket: 
     most = 12e6 if bucket.phase is Phase.DECODE else 28e6
     assert (two.bytes_accessed - one.bytes_accessed) < 4 * num_weights + most
     assert two.temp_bytes - one.temp_bytes < 1024
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "program", [*map(PlainStep, BUCKETS), Prepare(), ReadBlocks(), WriteBlocks()], ids=str
+)
+def test_no_program_makes_a_second_pool(program: Program, dtype: str):
+    backend = default_backend("cpu")
+    if backend is Backend.XLA and dtype == "bfloat16":
+        pytest.skip("XLA's scatter converts it, so that no engine has such a pool")
+    config = tiny_config(**SMOLLM2, num_layers=1, layer_windows=(None,))
+    limits = EngineConfig(
+        block_size=16,
+        num_blocks=12_000,
+        max_num_seqs=8,
+        max_num_batched_tokens=64,
+        max_model_len=256,
+        num_swap_blocks=8,
+    )
+    decoder = abstract_decoder(config, dtype=dtype)
+    step = Step(decoder, limits, pool_dtype=dtype, backend=backend)
+    memory = step.compile(program).memory_analysis()
+    assert memory is not None
+    pool_bytes = 12_000 * 3 * 16 * 2 * 64 * jnp.dtype(dtype).itemsize
+    assert memory.temp_size_in_bytes < pool_bytes // 5
+    kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    assert kept < pool_bytes // 5
 
 
 def test_a_step_is_one_call_with_one_transfer_each_way(monkeypatch: pytest.MonkeyPatch):

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from pallas_kernels import Backend, backends, choose_backend, default_backend
-from pallas_kernels.cpu import attention, build, write
+from pallas_kernels.cpu import attention, build, pool
 from pallas_kernels.cpu.build import BuildError
 
-SOURCE = "write_kv.cc"
+SOURCE = "pool.cc"
 library = functools.partial(build.library.__wrapped__, SOURCE)
 
 COMPILER = next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), "")
@@ -24,7 +24,7 @@ def _nothing_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -
     """An empty home, no compiler named, no memory of what this process compiled and registered."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    for module in (attention, write):
+    for module in (attention, pool):
         monkeypatch.setattr(module, "library", build.library.__wrapped__)
         monkeypatch.setattr(module, "register", module.register.__wrapped__)
     backends._warn_once.cache_clear()
@@ -59,7 +59,7 @@ def make_program(path: pathlib.Path, script: str) -> str:
 @needs_compiler
 def test_a_kernel_is_compiled_once(caplog: pytest.LogCaptureFixture, tmp_path: pathlib.Path):
     library()
-    assert caplog.messages == ["compiling write_kv.cc for this CPU, once"]
+    assert caplog.messages == ["compiling pool.cc for this CPU, once"]
     (made,) = tmp_path.rglob("*.so")
     caplog.clear()
     library()
@@ -153,7 +153,7 @@ def test_a_damaged_file_in_the_cache_is_compiled_again(
     monkeypatch.setenv("HOME", str(tmp_path / "other"))
     caplog.clear()
     assert library().seven() == 7
-    assert caplog.messages == ["compiling write_kv.cc for this CPU, once"]
+    assert caplog.messages == ["compiling pool.cc for this CPU, once"]
     assert list(damaged.parent.iterdir()) == [damaged]
     assert damaged.read_bytes() == whole
     caplog.clear()

@@ -206,30 +206,31 @@ def test_scales_are_each_heads_largest_and_never_zero(dtype: str):
     assert np.isfinite(np.asarray(rows, np.float32)).all()
 
 
-@each_pool
-def test_blocks_of_eight_bits_are_copied_read_and_written_bit_by_bit(dtype: str):
+@each_backend
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "bfloat16"])
+def test_blocks_of_few_bits_are_copied_read_and_written_bit_by_bit(dtype: str, backend: Backend):
     rng = np.random.default_rng(0)
     shape = (6, 3, 4, 10)
-    bits = [rng.integers(0, 127, shape).astype(np.uint8) for _ in range(2)]
+    unsigned = np.uint16 if dtype == "bfloat16" else np.uint8
+    bits = [rng.integers(0, 127, shape).astype(unsigned) for _ in range(2)]
     bits[0][1] = 127  # NaN in float8
     pools = tuple(jnp.asarray(each.view(jnp.dtype(dtype))) for each in bits)
     copies = jnp.array([[1, 4], [3, 1], [5, 2]], jnp.int32)
-    copied = jax.jit(functools.partial(copy_blocks, backend=Backend.XLA))(
-        pools, copies, jnp.int32(2)
-    )
+    copied = jax.jit(functools.partial(copy_blocks, backend=backend))(pools, copies, jnp.int32(2))
     ids = jnp.array([5, 0], jnp.int32)
     blocks = jax.jit(read_blocks)(pools, ids)
-    written = jax.jit(write_blocks)(pools, jnp.array([2, 6], jnp.int32), blocks)
+    write = jax.jit(functools.partial(write_blocks, backend=backend))
+    written = write(pools, jnp.array([2, 6], jnp.int32), blocks)
     for layer, before in enumerate(bits):
         expected = before.copy()
         expected[4], expected[1] = before[1], before[3]
-        np.testing.assert_array_equal(np.asarray(copied[layer]).view(np.uint8), expected)
+        np.testing.assert_array_equal(np.asarray(copied[layer]).view(unsigned), expected)
         np.testing.assert_array_equal(
-            np.asarray(blocks[:, layer]).view(np.uint8), before[np.asarray(ids)]
+            np.asarray(blocks[:, layer]).view(unsigned), before[np.asarray(ids)]
         )
         expected = before.copy()
         expected[2] = before[5]
-        np.testing.assert_array_equal(np.asarray(written[layer]).view(np.uint8), expected)
+        np.testing.assert_array_equal(np.asarray(written[layer]).view(unsigned), expected)
 
 
 def test_xla_makes_no_wider_copy_of_an_int8_pool():
