@@ -138,15 +138,12 @@ def _plan(options: Options, checkpoint: Checkpoint, device: Device, backend: Bac
     dtypes = {"weights_dtype": weights_dtype, "pool_dtype": pool_dtype}
     if device.memory_stats():
         return _Plan(**dtypes, limits=limits, memory_fraction=fraction, step=None)
-    step = Step(
-        abstract_decoder(config, dtype=weights_dtype),
-        limits,
-        pool_dtype=pool_dtype,
-        backend=backend,
-    )
+    decoder = abstract_decoder(config, dtype=weights_dtype)
     if fraction is not None:
-        step.config = _with_pool(step, device, fraction, temporaries=0)
-    return _Plan(**dtypes, limits=step.config, memory_fraction=None, step=step)
+        step = Step(decoder, limits, pool_dtype=pool_dtype, backend=backend)
+        limits = _with_pool(step, device, fraction, to_come=step.param_bytes)
+    step = Step(decoder, limits, pool_dtype=pool_dtype, backend=backend)
+    return _Plan(**dtypes, limits=limits, memory_fraction=None, step=step)
 
 
 def _load(
@@ -185,7 +182,7 @@ def _buckets(limits: EngineConfig) -> Buckets:
 
 
 def _with_pool(
-    step: Step, device: Device, memory_fraction: float, *, temporaries: int
+    step: Step, device: Device, memory_fraction: float, *, temporaries: int = 0, to_come: int = 0
 ) -> EngineConfig:
     """The step's limits with as many blocks as memory allows, and no more than could be used."""
     limits = step.config
@@ -202,7 +199,7 @@ def _with_pool(
         temporaries=temporaries,
         least=2 * size,
         wanted=wanted * size,
-        to_come=step.param_bytes,
+        to_come=to_come,
     )
     num_blocks = granted // size
     print(
