@@ -13,16 +13,16 @@
 #include <cstring>
 #include <memory>
 #include <thread>
+#include <vector>
 
 #include "xla/ffi/api/ffi.h"
 
 namespace {
 namespace ffi = xla::ffi;
 
-constexpr int64_t kVector = 16;   // floats; the compiler splits it where registers are shorter
-constexpr int64_t kRows = 16;     // of the matrix, read side by side
-constexpr int64_t kTask = 1024;   // elements of out at most; the sums stay in the L1 cache
-constexpr int64_t kShares = 4;    // of a thread, where there is enough: others may be late
+constexpr int64_t kVector = 16;  // floats; the compiler splits it where registers are shorter
+constexpr int64_t kRows = 8;     // of [D, V], read side by side
+constexpr int64_t kTasks = 8;    // of a call, however many threads there are: sums are the same
 
 typedef float Vector __attribute__((vector_size(4 * kVector)));
 typedef uint32_t Bits __attribute__((vector_size(4 * kVector)));
@@ -31,15 +31,13 @@ typedef uint16_t Halves __attribute__((vector_size(2 * kVector)));
 // One call, whose tasks the caller and its helpers take until none is left. A helper may wake up
 // late, so it holds the call too, and touches no array unless it got a task.
 struct Call {
-  int64_t D, V, size, num_tasks;
+  int64_t D, V;
   const uint16_t *x, *matrix;
   float* out;
-  void (*multiply)(const Call&, int64_t first, int64_t count);
+  void (*multiply)(Call&, int64_t task);
+  std::vector<float> sums = {};  // of each task, where they take rows of [D, V]
   std::atomic<int64_t> next{0}, done{0};
-  void drain() {
-    for (int64_t i; (i = next++) < num_tasks; ++done)
-      multiply(*this, i * size, std::min(size, V - i * size));
-  }
+  void drain() { for (int64_t i; (i = next++) < kTasks; ++done) multiply(*this, i); }
 };
 
 float widen(uint16_t half) {
@@ -55,33 +53,35 @@ Vector load(const uint16_t* from) {
   return (Vector)(__builtin_convertvector(v, Bits) << 16);
 }
 
-// out[first ..] = sum over d of x[d] * matrix[d], kRows of them at a time.
-void columns(const Call& call, int64_t first, int64_t count) {
-  const int64_t whole = count / kVector * kVector;
-  alignas(64) float sums[kTask] = {};
-  for (int64_t d = 0; d < call.D; d += kRows) {
+// The task's sum over d of x[d] * matrix[d]: its rows lie one behind the other, which is how a
+// processor foresees best what will be read.
+void by_columns(Call& call, int64_t task) {
+  const int64_t first = call.D * task / kTasks, end = call.D * (task + 1) / kTasks;
+  const int64_t whole = call.V / kVector * kVector;
+  float* sums = &call.sums[task * call.V];
+  for (int64_t d = first; d < end; d += kRows) {
     float x[kRows] = {};
     const uint16_t* from[kRows];
     for (int64_t r = 0; r < kRows; ++r) {
-      const int64_t own = std::min(d + r, call.D - 1);  // behind the last row, it again, times 0
-      if (d + r < call.D) x[r] = widen(call.x[own]);
-      from[r] = call.matrix + own * call.V + first;
+      const int64_t own = std::min(d + r, end - 1);  // behind the last row, it again, times 0
+      if (d + r < end) x[r] = widen(call.x[own]);
+      from[r] = call.matrix + own * call.V;
     }
-    for (int64_t c = 0; c < whole; c += kVector) {
+    for (int64_t v = 0; v < whole; v += kVector) {
       Vector sum;
-      std::memcpy(&sum, sums + c, sizeof(sum));
-      for (int64_t r = 0; r < kRows; ++r) sum += x[r] * load(from[r] + c);
-      std::memcpy(sums + c, &sum, sizeof(sum));
+      std::memcpy(&sum, sums + v, sizeof(sum));
+      for (int64_t r = 0; r < kRows; ++r) sum += x[r] * load(from[r] + v);
+      std::memcpy(sums + v, &sum, sizeof(sum));
     }
-    for (int64_t c = whole; c < count; ++c)
-      for (int64_t r = 0; r < kRows; ++r) sums[c] += x[r] * widen(from[r][c]);
+    for (int64_t v = whole; v < call.V; ++v)
+      for (int64_t r = 0; r < kRows; ++r) sums[v] += x[r] * widen(from[r][v]);
   }
-  std::memcpy(call.out + first, sums, count * sizeof(float));
 }
 
-// out[v] = x . matrix[v].
-void rows(const Call& call, int64_t first, int64_t count) {
-  for (int64_t v = first; v < first + count; ++v) {
+// out[v] = x . matrix[v], for the task's part of them.
+void by_rows(Call& call, int64_t task) {
+  const int64_t first = call.V * task / kTasks, end = call.V * (task + 1) / kTasks;
+  for (int64_t v = first; v < end; ++v) {
     const uint16_t* from = call.matrix + v * call.D;
     Vector sums[4] = {};
     int64_t d = 0;
@@ -101,16 +101,21 @@ using Matrix = ffi::BufferR2<ffi::BF16>;
 ffi::Error row_product(ffi::ThreadPool threads, Matrix x, Matrix matrix,
                        ffi::Result<ffi::BufferR2<ffi::F32>> out, bool is_transposed) {
   const int64_t D = x.dimensions()[1], V = out->dimensions()[1];
-  const int64_t share = (V / (kShares * threads.num_threads()) + kVector) / kVector * kVector;
-  const int64_t size = std::min(kTask, share);
   const std::shared_ptr<Call> call(new Call{
-      D, V, size, (V + size - 1) / size, reinterpret_cast<const uint16_t*>(x.typed_data()),
+      D, V, reinterpret_cast<const uint16_t*>(x.typed_data()),
       reinterpret_cast<const uint16_t*>(matrix.typed_data()), out->typed_data(),
-      is_transposed ? rows : columns});
-  for (int64_t i = 1; i < std::min<int64_t>(threads.num_threads(), call->num_tasks); ++i)
+      is_transposed ? by_rows : by_columns});
+  if (!is_transposed) call->sums.resize(kTasks * V);
+  for (int64_t i = 1; i < std::min<int64_t>(threads.num_threads(), kTasks); ++i)
     threads.Schedule([call] { call->drain(); });
   call->drain();
-  while (call->done < call->num_tasks) std::this_thread::yield();
+  while (call->done < kTasks) std::this_thread::yield();
+  if (is_transposed) return ffi::Error::Success();
+  for (int64_t v = 0; v < V; ++v) {
+    float total = 0;
+    for (int64_t task = 0; task < kTasks; ++task) total += call->sums[task * V + v];
+    call->out[v] = total;
+  }
   return ffi::Error::Success();
 }
 
