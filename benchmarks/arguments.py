@@ -5,6 +5,8 @@ import math
 import pathlib
 import re
 
+import jax
+
 from jpaged.beams import BeamSearchParams
 from jpaged.config import MAX_BLOCK_SIZE, MIN_BLOCK_SIZE
 from jpaged.params import SamplingParams
@@ -15,6 +17,16 @@ BLOCK_SIZES = tuple(
 )
 
 BACKENDS = ("auto", *(backend.value for backend in Backend))  # of attention
+
+
+def cache_dtype(text: str) -> str:
+    """A dtype in which both a paged and an unpaged cache are at their best on the device."""
+    if text != "float32" and jax.devices()[0].platform == "cpu":
+        raise argparse.ArgumentTypeError(
+            f"expected float32 on a CPU, got {text}: XLA converts all of another cache to write a "
+            "row, and the unpaged baseline would do little else"
+        )
+    return text
 
 
 def at_least_one(text: str) -> int:

@@ -34,6 +34,11 @@ class Rows:
     remaining: Int32[Array, " B"]  # tokens it may still generate
 
 
+def best_cache_dtype(pool_dtype: DTypeLike) -> DTypeLike:
+    """The paged pool's, but on a CPU XLA converts all of a bfloat16 cache to write a row."""
+    return jnp.float32 if jax.devices()[0].platform == "cpu" else pool_dtype
+
+
 class Baseline:
     """Generates greedily in batches of `num_rows`, each row with `reserved` tokens of cache.
 

@@ -26,7 +26,7 @@ from benchmarks.arguments import (
     file_to_write,
 )
 from benchmarks.arrivals import Arrival
-from benchmarks.baseline import MIN_RESERVED, Baseline
+from benchmarks.baseline import MIN_RESERVED, Baseline, best_cache_dtype
 from benchmarks.lengths import RequestLengths, random_prompts
 from benchmarks.measure import CompileLog, Timing, interleaved, provenance
 from benchmarks.open_loop import RealClock, Served, Server, replay
@@ -52,7 +52,7 @@ def main() -> None:
         params,
         num_rows=options.batch_size,
         reserved=max(MIN_RESERVED, options.input_len + options.output_len),
-        cache_dtype=jax.tree.leaves(llm.engine.runner.pool)[0].dtype,
+        cache_dtype=best_cache_dtype(jax.tree.leaves(llm.engine.runner.pool)[0].dtype),
     )
     starts: dict[str, Callable[[], Server]] = {
         "paged": lambda: PagedServer(llm),

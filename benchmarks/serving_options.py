@@ -8,6 +8,7 @@ from benchmarks.arguments import (
     above_zero,
     at_least_one,
     at_least_zero,
+    cache_dtype,
     existing_file,
     file_to_write,
 )
@@ -118,7 +119,7 @@ def _add_rates(parser: argparse.ArgumentParser) -> None:
 def _add_sides(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("sides").add_argument
     add("--model", help="directory, .gguf file or hub id; by default the default model")
-    add("--dtype", default="float32", help="of weights and cache, on every side")
+    add("--dtype", type=cache_dtype, default="float32", help="of weights and cache, on every side")
     add(
         "--rows",
         type=at_least_one,

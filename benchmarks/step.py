@@ -23,7 +23,7 @@ import numpy as np
 
 from benchmarks import baseline_model
 from benchmarks.arguments import BLOCK_SIZES, at_least_one, repetition_penalty
-from benchmarks.baseline import Baseline
+from benchmarks.baseline import Baseline, best_cache_dtype
 from benchmarks.measure import CompileLog, block_nbytes, provenance
 from benchmarks.others import OthersShare
 from benchmarks.roof import READ_BYTES, Weight, products, read_large, roof_of, weights_of
@@ -140,7 +140,7 @@ def _measure(
             params,
             num_rows=batch,
             reserved=longest,
-            cache_dtype=llm.engine.runner.pool[0].dtype,
+            cache_dtype=best_cache_dtype(llm.engine.runner.pool[0].dtype),
         )
         token_bytes = block_nbytes(llm) // options.block_size
         results = []

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from jaxtyping import DTypeLike
 
 from benchmarks import baseline_model
-from benchmarks.arguments import at_least_one, existing_file
+from benchmarks.arguments import at_least_one, cache_dtype, existing_file
 from benchmarks.baseline import Baseline
 from benchmarks.lengths import clipped_lengths, random_prompts
 from benchmarks.measure import CompileLog, Timing, block_nbytes, interleaved, provenance
@@ -90,7 +90,7 @@ def _options() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", help="directory, .gguf file or hub id; by default the default model")
-    add("--dtype", default="float32", help="of weights and cache, on both sides")
+    add("--dtype", type=cache_dtype, default="float32", help="of weights and cache, on both sides")
     add("--requests", type=at_least_one, default=64)
     add(
         "--trace",

@@ -8,6 +8,7 @@ from benchmarks.arguments import (
     BLOCK_SIZES,
     above_zero,
     at_least_one,
+    cache_dtype,
     file_to_write,
 )
 from benchmarks.paper.figure import Figure
@@ -53,7 +54,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 def _add_engine(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model and engine").add_argument
     add("--model", help="directory, .gguf file or hub id; by default the default model")
-    add("--dtype", default="float32", help="of weights and cache, on every side")
+    add("--dtype", type=cache_dtype, default="float32", help="of weights and cache, on every side")
     add("--max-num-seqs", type=at_least_one, default=32, help="sequences the engine runs at once")
     add("--max-num-batched-tokens", type=at_least_one, help="tokens of a step of the engine")
     add("--attention-backend", choices=BACKENDS, default="auto", help="of the engine")
