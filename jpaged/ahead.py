@@ -9,9 +9,9 @@ from tqdm import tqdm
 from jpaged.devices import num_cores
 from jpaged.programs import Program
 
-# XLA shares out each program's code itself: with more threads it takes no less time, and more
-# memory at once. One would leave a core idle while programs are traced or come from the cache.
-CORES_OF_A_THREAD = 1
+# And no more than there are cores. XLA shares out each program's code itself, so that more threads
+# take no less time, and hundreds of megabytes each; one alone leaves a core idle while a program is
+# traced or comes from the cache.
 MAX_THREADS = 8
 
 
@@ -21,7 +21,7 @@ class Ahead:
     def __init__(
         self, compile_one: Callable[[Program], jax.stages.Compiled], programs: Sequence[Program]
     ) -> None:
-        threads = ThreadPoolExecutor(min(MAX_THREADS, max(1, num_cores() // CORES_OF_A_THREAD)))
+        threads = ThreadPoolExecutor(min(MAX_THREADS, num_cores()))
         self._compiled = {program: threads.submit(compile_one, program) for program in programs}
         threads.shutdown(wait=False)  # they end with the last program
 
