@@ -12,7 +12,6 @@ import jax
 # host's, which would wait in every step for their conditions, and could send no step ahead.
 _GRAPH_PARTS = ("FUSION", "CUBLAS", "CUBLASLT", "CUDNN", "CUSTOM_CALL", "CONDITIONAL", "WHILE")
 
-
 # LLVM on a CPU: at a higher level it takes a tenth longer (a scatter twice as long), and a step is
 # no faster (SmolLM2, greedy and sampled, 1 and 32 rows): what takes its time is library calls.
 _CPU_LEVEL = "1"

@@ -22,6 +22,7 @@ from benchmarks.gpu.beside import refusal
 from benchmarks.gpu.settings import Record, Settings
 from benchmarks.random_checkpoint import SMOLLM2, TINY, write_checkpoint
 from jpaged import LLM, SamplingParams
+from jpaged.engine import Engine
 from jpaged_models import config_from_hf
 from pallas_kernels import Backend, choose_backend
 
@@ -146,13 +147,13 @@ def _engine(model: pathlib.Path, workload: Workload, dtype: str, backend: str) -
         use_tqdm=False,
         **workload.limits,
     )
-    keep_largest_programs(llm)
+    keep_largest_programs(llm.engine)
     return llm
 
 
-def keep_largest_programs(llm: LLM) -> None:
+def keep_largest_programs(engine: Engine) -> None:
     """Leaves one program for decode steps and one for all others: compiling takes most time."""
-    buckets = llm.engine.runner.buckets
+    buckets = engine.runner.buckets
     del buckets.decode[:-1], buckets.mixed[:-1]
 
 

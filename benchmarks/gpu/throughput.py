@@ -114,7 +114,7 @@ def _engine(model: pathlib.Path, load: Load, backend: str) -> LLM:
         warm_up=False,
         use_tqdm=False,
     )
-    keep_largest_programs(llm)
+    keep_largest_programs(llm.engine)
     return llm
 
 

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import product, row_product
+from pallas_kernels import Backend, product, row_product
 from pallas_kernels.cpu.build import BuildError
+from tests.kernels.cases import BACKENDS
+from tests.kernels.test_backends import Gpu, use
 
 # Whole vectors and not, several rows of the matrix at once and what is left of them.
 SHAPES = [(576, 960), (64, 16), (37, 5), (1, 1), (100, 2500), (17, 1025)]
@@ -59,6 +61,17 @@ def test_what_has_no_kernel_goes_by_xla(why: str, monkeypatch: pytest.MonkeyPatc
     hlo = jax.jit(row_product).lower(x, matrix).as_text()
     assert "jpaged_row_product" not in hlo
     np.testing.assert_allclose(row_product(x, matrix), expected(x, matrix), rtol=0, atol=1e-4)
+
+
+def test_on_another_device_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch):
+    def compiled() -> None:
+        raise AssertionError("nobody asked for it")
+
+    monkeypatch.setattr(product.cpu, "register", compiled)
+    use(monkeypatch, Gpu("8.0"))
+    assert not product._is_compiled()
+    monkeypatch.undo()
+    assert product._is_compiled() == (Backend.CPU in BACKENDS)
 
 
 def test_another_platform_is_given_its_own_product():
