@@ -46,7 +46,7 @@ LIMITS = {
     "parity": 110,
     "step": 90,
     "throughput": 75,
-    "mosaic": 150,
+    "mosaic": 210,
     "peers": 75,
     "torch_peers": 90,
     "serving": 75,

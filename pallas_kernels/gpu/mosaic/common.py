@@ -31,6 +31,15 @@ def simulator(interpret: bool) -> Any:
     return plgpu.InterpretGPUParams(detect_races=True) if interpret else None
 
 
+def own_array(ids: Int32[Array, "..."]) -> Int32[Array, "..."]:
+    """The same numbers, none of them negative, in an array that is no part of another.
+
+    XLA passes a contiguous slice to a kernel where it lies. Mosaic refuses addresses that are no
+    multiples of 256 bytes, and XLA then leaves the start of the kernel to the host.
+    """
+    return jnp.maximum(ids, 0)
+
+
 def check_tile(tile_tokens: int, block_size: int) -> None:
     """Raises ValueError for a tile that copies of a block or of a part of one do not fill."""
     small, large = sorted((tile_tokens, block_size))

@@ -27,6 +27,7 @@ from pallas_kernels.gpu.mosaic.common import (
     full_rows,
     load_tile,
     named,
+    own_array,
     pieces_of,
     plgpu,
     product,
@@ -108,6 +109,7 @@ def paged_decode(
     G = N // K
     config = config or decode_config(H)
     check_tile(config.tile_tokens, S)
+    block_tables, seq_lens = own_array(block_tables), own_array(seq_lens)
     num_splits = max_splits(block_tables.shape[1] * S, config.split_tokens, window)
     items, count = list_splits(
         seq_lens, split_tokens=config.split_tokens, max_splits=num_splits, window=window

@@ -31,6 +31,7 @@ from pallas_kernels.gpu.mosaic.common import (
     full_rows,
     load_tile,
     named,
+    own_array,
     pieces_of,
     plgpu,
     product,
@@ -145,7 +146,7 @@ def paged_prefill(
         },
         compiler_params=COMPILER_PARAMS,
         interpret=simulator(interpret),
-    )(tiles, batch.block_tables, pool.reshape(P * K * S, W), answers, *more)
+    )(tiles, own_array(batch.block_tables), pool.reshape(P * K * S, W), answers, *more)
     return jax.freeze(answers).reshape(T, N, H)
 
 
