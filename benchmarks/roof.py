@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from jpaged_models import Decoder
-from pallas_kernels import row_product
+from pallas_kernels import matrix_product
 
 READ_BYTES = 2**29  # more than any cache holds
 # The side of a square product that keeps every unit busy: milliseconds here, no more.
@@ -95,7 +95,6 @@ def multiply_large(dtype: DTypeLike) -> tuple[Callable[[], object], int]:
 def products(weights: list[Weight], rows: int) -> Callable[[], object]:
     """Does all products, each after the one before it and with nothing between them, and waits."""
     axes = [axis for _, axis in weights]
-    is_narrow_row = rows == 1 and weights[0].matrix.dtype != jnp.float32  # which models do apart
     inputs = {
         matrix.shape[axis]: jnp.ones((rows, matrix.shape[axis]), matrix.dtype)
         for matrix, axis in weights
@@ -106,12 +105,7 @@ def products(weights: list[Weight], rows: int) -> Callable[[], object]:
         last = jnp.zeros((), matrices[0].dtype)
         for matrix, axis in zip(matrices, axes, strict=True):
             x = inputs[matrix.shape[axis]] + last
-            if is_narrow_row:
-                product = row_product(x, matrix, is_transposed=axis == 1)
-            else:
-                product = jax.lax.dot_general(
-                    x, matrix, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32
-                )
+            product = matrix_product(x, matrix, is_transposed=axis == 1)
             # Else the compiler would see that one element of each is all that is asked for.
             product = jax.lax.optimization_barrier(product)
             last = (product[0, 0] * 1e-9).astype(matrix.dtype)

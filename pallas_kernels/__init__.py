@@ -16,7 +16,7 @@ from pallas_kernels.layout import (
     rows_of_tokens,
     slots_of_tokens,
 )
-from pallas_kernels.product import row_product
+from pallas_kernels.product import matrix_product
 from pallas_kernels.quantize import kv_scales_of
 from pallas_kernels.storage import pool_format, row_bytes
 from pallas_kernels.xla import read_blocks
@@ -30,6 +30,7 @@ __all__ = [
     "copy_blocks",
     "default_backend",
     "kv_scales_of",
+    "matrix_product",
     "paged_attention",
     "paged_decode",
     "pool_format",
@@ -37,7 +38,6 @@ __all__ = [
     "positions_of_tokens",
     "read_blocks",
     "row_bytes",
-    "row_product",
     "rows_of_tokens",
     "slots_of_tokens",
     "write_blocks",

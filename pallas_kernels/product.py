@@ -1,45 +1,52 @@
-"""The product of a single row of 16 bits, which no library here has for a CPU."""
+"""The product of rows and a weight matrix: XLA's, but in bfloat16 on a CPU."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, DTypeLike, Float
 
 from pallas_kernels.cpu import product as cpu
 from pallas_kernels.cpu.build import BuildError
 
 
-def row_product(
-    x: Float[Array, "1 D"], matrix: Float[Array, "..."], *, is_transposed: bool = False
-) -> Float32[Array, "1 ..."]:
-    """A row times a matrix [D, ...], or [V, D] where `is_transposed`; summed in float32.
+def matrix_product(
+    x: Float[Array, "T D"],
+    matrix: Float[Array, "..."],
+    *,
+    is_transposed: bool = False,
+    dtype: DTypeLike = jnp.float32,
+) -> Float[Array, "T ..."]:
+    """Rows times a matrix [D, ...], or [V, D] where `is_transposed`; x and it are of one dtype.
 
-    On a CPU XLA would convert the whole matrix to float32 (JAX 0.10 to 0.12). There a bfloat16 row
-    goes to `row_product.cc`, and where that is missing, or in float16, a row of zeros goes with it.
+    Sums are float32 and stored as `dtype`. On a CPU XLA packs a bfloat16 matrix anew in each call,
+    and a row that is alone has it convert all of it to float32 (JAX 0.10 to 0.12). There
+    `matrix_product.cc` and `row_product.cc` multiply; where one is missing, XLA does, and a row of
+    zeros goes with one that is alone.
     """
-    by_library = functools.partial(_with_zeros, is_transposed=is_transposed)
-    if x.dtype != jnp.bfloat16 or not _is_compiled():
-        return by_library(x, matrix)
-    ours = functools.partial(cpu.row_product, is_transposed=is_transposed)
-    return jax.lax.platform_dependent(x, matrix, cpu=ours, default=by_library)
+    by_xla = functools.partial(_by_xla, is_transposed=is_transposed, dtype=dtype)
+    if x.dtype != jnp.bfloat16 or not _is_compiled(len(x)):
+        return by_xla(x, matrix)
+    ours = functools.partial(cpu.matrix_product, is_transposed=is_transposed, dtype=dtype)
+    return jax.lax.platform_dependent(x, matrix, cpu=ours, default=by_xla)
 
 
-def _with_zeros(
-    x: Float[Array, "1 D"], matrix: Float[Array, "..."], *, is_transposed: bool
-) -> Float32[Array, "1 ..."]:
-    rows = jnp.concatenate([x, jnp.zeros_like(x)])
-    axis = 1 if is_transposed else 0
-    contracted = (((1,), (axis,)), ((), ()))
-    return jax.lax.dot_general(rows, matrix, contracted, preferred_element_type=jnp.float32)[:1]
+def _by_xla(
+    x: Float[Array, "T D"], matrix: Float[Array, "..."], *, is_transposed: bool, dtype: DTypeLike
+) -> Float[Array, "T ..."]:
+    T = len(x)
+    rows = jnp.concatenate([x, jnp.zeros_like(x)]) if T == 1 and x.dtype != jnp.float32 else x
+    contracted = (((1,), (1 if is_transposed else 0,)), ((), ()))
+    sums = jax.lax.dot_general(rows, matrix, contracted, preferred_element_type=jnp.float32)
+    return sums[:T].astype(dtype)
 
 
-def _is_compiled() -> bool:
+def _is_compiled(num_rows: int) -> bool:
     """Whether the kernel is there; on a machine that computes elsewhere it is not even compiled."""
     if jax.devices()[0].platform != "cpu":
         return False
     try:
-        cpu.register()
+        cpu.register(num_rows)
     except BuildError:
         return False
     return True

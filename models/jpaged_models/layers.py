@@ -1,7 +1,6 @@
 """The parts that decoders share: attention over the pool, norms, rotary positions, MLPs, the head.
 
-Products accumulate in float32 and are cast where they are stored. On a CPU a bfloat16 product is
-ten times slower without `preferred_element_type` (JAX 0.10).
+Products accumulate in float32 and are cast where they are stored.
 """
 
 import functools
@@ -17,21 +16,7 @@ from jaxtyping import Array, DTypeLike, Float, Int32
 
 from jpaged_models.config import ModelConfig, RopeScaling
 from jpaged_models.context import Phase, Rotary, StepContext
-from pallas_kernels import paged_attention, paged_decode, row_product, write_kv
-
-
-def product(equation: str, x: Float[Array, "..."], kernel: Float[Array, "..."]) -> Array:
-    """An einsum summed in float32 and stored in the activations' dtype.
-
-    x is [T, D], and D is the kernel's first axis.
-    """
-    if _is_narrow_row(x):
-        return row_product(x, kernel).astype(x.dtype)
-    return jnp.einsum(equation, x, kernel, preferred_element_type=jnp.float32).astype(x.dtype)
-
-
-def _is_narrow_row(x: Float[Array, "T D"]) -> bool:
-    return x.shape[0] == 1 and x.dtype != jnp.float32
+from pallas_kernels import matrix_product, paged_attention, paged_decode, write_kv
 
 
 @functools.partial(jax.jit, static_argnames="window")
@@ -126,7 +111,7 @@ class Attention(nnx.Module):
         """The layer's output and the pool with this step's keys and values."""
         config = self.config
         T, K, G, H = x.shape[0], config.num_kv_heads, config.group_size, config.head_size
-        qkv = product("TD,DKEH->TKEH", x, self.qkv[...])
+        qkv = _product(x, self.qkv[...])
         if config.qkv_bias:
             qkv += self.qkv_bias[...][None]
         q, k, v = qkv[:, :, :G], qkv[:, :, G], qkv[:, :, G + 1]
@@ -139,7 +124,7 @@ class Attention(nnx.Module):
         k, v = jnp.where(real, k, 0), jnp.where(real, v, 0)
         pool = write_kv(pool, k, v, context.slots, backend=context.backend)
         mixed = _attend(q, pool, context, scale=H**-0.5, window=window)
-        out = product("TA,AD->TD", mixed.reshape(T, K * G * H), self.out[...])
+        out = _product(mixed.reshape(T, K * G * H), self.out[...])
         if config.output_bias:
             out += self.out_bias[...][None]
         return out, pool
@@ -181,11 +166,11 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
         """What the MLP adds to the residual."""
-        gate_up = product("TD,DEF->TEF", x, self.gate_up[...])
+        gate_up = _product(x, self.gate_up[...])
         if self.config.mlp_bias:
             gate_up += self.gate_up_bias[...][None]
         hidden = activation(self.config.activation)(gate_up[:, 0]) * gate_up[:, 1]
-        out = product("TF,FD->TD", hidden, self.down[...])
+        out = _product(hidden, self.down[...])
         return out + self.down_bias[...][None] if self.config.mlp_bias else out
 
 
@@ -202,9 +187,9 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
         """What the MLP adds to the residual."""
-        hidden = product("TD,DF->TF", x, self.up[...]) + self.up_bias[...][None]
+        hidden = _product(x, self.up[...]) + self.up_bias[...][None]
         hidden = activation(self.config.activation)(hidden)
-        return product("TF,FD->TD", hidden, self.down[...]) + self.down_bias[...][None]
+        return _product(hidden, self.down[...]) + self.down_bias[...][None]
 
 
 def activation(name: str) -> Callable[[Array], Array]:
@@ -220,9 +205,7 @@ def activation(name: str) -> Callable[[Array], Array]:
 
 def head_logits(hidden: Float[Array, "T D"], head: Float[Array, "V D"]) -> Float[Array, "T V"]:
     """Logits in float32, from an embedding or an untied head stored [V, D]."""
-    if _is_narrow_row(hidden):
-        return row_product(hidden, head, is_transposed=True)
-    return jnp.einsum("TD,VD->TV", hidden, head, preferred_element_type=jnp.float32)
+    return matrix_product(hidden, head, is_transposed=True)
 
 
 def rotary_for(
@@ -254,6 +237,11 @@ def _frequencies(head_size: int, theta: float, scaling: RopeScaling | None) -> n
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     kept = np.clip((turns - low) / (high - low), 0, 1)  # 0: slow lanes, scaled; 1: fast ones, kept
     return frequencies * (kept + (1 - kept) / scaling.factor)
+
+
+def _product(x: Float[Array, "T D"], kernel: Float[Array, "D *out"]) -> Float[Array, "T *out"]:
+    """Stored in the activations' dtype."""
+    return matrix_product(x, kernel, dtype=x.dtype)
 
 
 def _like(weight: Float[Array, " D"], x: Float[Array, "*dims D"]) -> Float[Array, "*ones D"]:

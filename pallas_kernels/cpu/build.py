@@ -63,21 +63,22 @@ def _compiler() -> list[str]:
 
 
 def _key(source: pathlib.Path, compiler: list[str]) -> str:
-    """What a compiled file depends on: source, flags, compiler, jaxlib's headers, processor."""
+    """What a compiled file depends on: source, headers, flags, compiler, jaxlib, processor."""
     version = _run([*compiler, "--version"])
     parts = (
         source.read_text(),
+        *(header.read_text() for header in sorted(SOURCES.glob("*.h"))),
         *COMPILE,
         *LINK,
         *compiler,
         version,
         importlib.metadata.version("jaxlib"),
-        _processor(),
+        processor(),
     )
     return _digest("\0".join(parts).encode())
 
 
-def _processor() -> str:
+def processor() -> str:
     """The instructions that this processor has: a home folder may be shared between machines."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()

@@ -17,16 +17,14 @@
 // 1805.02867), and reads no slot behind its last query: slots that nobody owns may hold NaN.
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <memory>
 #include <string>
-#include <thread>
 #include <type_traits>
 #include <vector>
 
+#include "tasks.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace {
@@ -49,8 +47,6 @@ struct Float8 { uint8_t bits; };  // e4m3fn: no infinities, and a NaN for each s
 
 struct Task { int64_t row, head, first, count; };  // `count` queries, from token `first` on
 
-// One call, whose tasks the caller and its helpers take until none is left. A helper may wake up
-// late, so it holds the call too, and touches no array unless it got a task.
 struct Call {
   int64_t N, H, K, S, M;
   const float* q;
@@ -59,9 +55,6 @@ struct Call {
   const float *sinks, *kv_scales;
   float *out, scale, soft_cap;
   int64_t window;
-  std::vector<Task> tasks = {};
-  std::atomic<size_t> next{0}, done{0};
-  void drain();
 };
 
 int64_t whole_vectors(int64_t lanes) { return (lanes + kVector - 1) / kVector * kVector; }
@@ -221,8 +214,6 @@ void attend_any(const Call& call, const Task& task) {
   attend(call, task, call.H);
 }
 
-void Call::drain() { for (size_t i; (i = next++) < tasks.size(); ++done) attend_any(*this, tasks[i]); }
-
 ffi::Error invalid(std::string name, int64_t row, int64_t low, int64_t high, int64_t came) {
   return ffi::Error::InvalidArgument(
       name + " of row " + std::to_string(row) + " must be from " + std::to_string(low) + " to " +
@@ -239,32 +230,30 @@ ffi::Error paged_attention(ffi::ThreadPool threads, Floats q, ffi::AnyBuffer poo
                            int64_t window, float soft_cap) {
   const auto queries = q.dimensions(), blocks = pool.dimensions(), rows = tables.dimensions();
   const int64_t T = queries[0], P = blocks[0], K = blocks[1], S = blocks[2], M = rows[1];
-  const std::shared_ptr<Call> call(new Call{
+  const Call call{
       queries[1], queries[2], K, S, M, q.typed_data(), pool.untyped_data(), tables.typed_data(),
       query_starts.typed_data(), seq_lens.typed_data(), sinks.typed_data(), kv_scales.typed_data(),
-      out->typed_data(), scale, soft_cap, window});
+      out->typed_data(), scale, soft_cap, window};
+  std::vector<Task> tasks;
   int64_t end = 0;  // of the row's queries
   for (int64_t row = 0; row < rows[0]; ++row) {
-    const int64_t start = call->query_starts[row], length = call->seq_lens[row];
+    const int64_t start = call.query_starts[row], length = call.seq_lens[row];
     if (start != end) return invalid("q has rows in order: the start", row, end, end, start);
-    end = call->query_starts[row + 1];
+    end = call.query_starts[row + 1];
     if (end < start || end > T) return invalid("q has rows in order: the end", row, start, T, end);
     if (end == start) continue;
     if (length < 0 || length > M * S)
       return invalid("block_tables have a row's context: seq_lens", row, 0, M * S, length);
     const int64_t seen = std::max<int64_t>(0, length + start - end + 1 - window);
     for (int64_t m = seen / S; m * S < length; ++m)
-      if (const int64_t block = call->tables[row * M + m]; block < 0 || block >= P)
+      if (const int64_t block = call.tables[row * M + m]; block < 0 || block >= P)
         return invalid("the pool has a table's blocks: a block id", row, 0, P - 1, block);
     for (int64_t first = start; first < end; first += kQueries)
       for (int64_t head = 0; head < K; ++head)
-        call->tasks.push_back({row, head, first, std::min(kQueries, end - first)});
+        tasks.push_back({row, head, first, std::min(kQueries, end - first)});
   }
-  std::fill(call->out + end * queries[1] * queries[2], call->out + q.element_count(), 0.0f);
-  for (size_t i = 1; i < std::min<size_t>(threads.num_threads(), call->tasks.size()); ++i)
-    threads.Schedule([call] { call->drain(); });
-  call->drain();
-  while (call->done < call->tasks.size()) std::this_thread::yield();
+  std::fill(call.out + end * queries[1] * queries[2], call.out + q.element_count(), 0.0f);
+  share(threads, tasks.size(), [&](int64_t i) { attend_any(call, tasks[i]); });
   return ffi::Error::Success();
 }
 

@@ -1,33 +1,53 @@
-"""The product of one bfloat16 row on a CPU: `row_product.cc` as a JAX function."""
+"""Products in bfloat16 on a CPU: `row_product.cc` and `matrix_product.cc` as JAX functions."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, BFloat16, Float32
+from jaxtyping import Array, BFloat16, DTypeLike, Float
 
-from pallas_kernels.cpu.build import library
+from pallas_kernels.cpu.build import BuildError, library, processor
 
-_TARGET = "jpaged_row_product"
+_INSTRUCTIONS = "avx512_bf16"  # of matrix_product.cc
+
+
+def register(num_rows: int) -> str:
+    """The name by which XLA knows the product of so many rows. Raises BuildError."""
+    if num_rows == 1:
+        return _register("row_product")
+    if _INSTRUCTIONS not in processor().split():
+        raise BuildError(f"this processor has no {_INSTRUCTIONS}")
+    return _register("matrix_product")
 
 
 @functools.cache
-def register() -> None:
-    """Makes the compiled kernel known to XLA. Raises BuildError where there is none."""
-    handler = jax.ffi.pycapsule(library("row_product.cc").jpaged_row_product)
-    jax.ffi.register_ffi_target(_TARGET, handler, platform="cpu")
+def _register(name: str) -> str:
+    target = f"jpaged_{name}"
+    handler = jax.ffi.pycapsule(getattr(library(f"{name}.cc"), target))
+    jax.ffi.register_ffi_target(target, handler, platform="cpu")
+    return target
 
 
-def row_product(
-    x: BFloat16[Array, "1 D"], matrix: BFloat16[Array, "..."], *, is_transposed: bool
-) -> Float32[Array, "1 ..."]:
-    """A row times a matrix [D, ...], or [V, D] where `is_transposed`; summed in float32."""
-    register()
+def matrix_product(
+    x: BFloat16[Array, "T D"],
+    matrix: BFloat16[Array, "..."],
+    *,
+    is_transposed: bool,
+    dtype: DTypeLike,
+) -> Float[Array, "T ..."]:
+    """Rows times a matrix [D, ...], or [V, D] where `is_transposed`.
+
+    Sums are float32 and stored as `dtype`, float32 or bfloat16. Raises BuildError where the kernel
+    is not there.
+    """
+    T = len(x)
     own = matrix.shape[:1] if is_transposed else matrix.shape[1:]
     flat = matrix if is_transposed else matrix.reshape(matrix.shape[0], -1)
-    size = flat.shape[0] if is_transposed else flat.shape[1]
-    multiply = jax.ffi.ffi_call(
-        _TARGET, jax.ShapeDtypeStruct((1, size), jnp.float32), vmap_method="sequential"
+    out = jax.ShapeDtypeStruct(
+        (T, flat.shape[0 if is_transposed else 1]),
+        jnp.float32 if T == 1 else dtype,  # one row's sums are its threads', added last
     )
-    return multiply(x, flat, is_transposed=np.bool_(is_transposed)).reshape(1, *own)
+    multiply = jax.ffi.ffi_call(register(T), out, vmap_method="sequential")
+    product = multiply(x, flat, is_transposed=np.bool_(is_transposed))
+    return product.astype(dtype).reshape(T, *own)

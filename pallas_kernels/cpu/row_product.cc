@@ -8,13 +8,11 @@
 // which packs the matrix first: that reads and writes it once more.
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <cstring>
-#include <memory>
-#include <thread>
 #include <vector>
 
+#include "tasks.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace {
@@ -28,16 +26,11 @@ typedef float Vector __attribute__((vector_size(4 * kVector)));
 typedef uint32_t Bits __attribute__((vector_size(4 * kVector)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kVector)));
 
-// One call, whose tasks the caller and its helpers take until none is left. A helper may wake up
-// late, so it holds the call too, and touches no array unless it got a task.
 struct Call {
   int64_t D, V;
   const uint16_t *x, *matrix;
   float* out;
-  void (*multiply)(Call&, int64_t task);
   std::vector<float> sums = {};  // of each task, where they take rows of [D, V]
-  std::atomic<int64_t> next{0}, done{0};
-  void drain() { for (int64_t i; (i = next++) < kTasks; ++done) multiply(*this, i); }
 };
 
 float widen(uint16_t half) {
@@ -101,20 +94,16 @@ using Matrix = ffi::BufferR2<ffi::BF16>;
 ffi::Error row_product(ffi::ThreadPool threads, Matrix x, Matrix matrix,
                        ffi::Result<ffi::BufferR2<ffi::F32>> out, bool is_transposed) {
   const int64_t D = x.dimensions()[1], V = out->dimensions()[1];
-  const std::shared_ptr<Call> call(new Call{
-      D, V, reinterpret_cast<const uint16_t*>(x.typed_data()),
-      reinterpret_cast<const uint16_t*>(matrix.typed_data()), out->typed_data(),
-      is_transposed ? by_rows : by_columns});
-  if (!is_transposed) call->sums.resize(kTasks * V);
-  for (int64_t i = 1; i < std::min<int64_t>(threads.num_threads(), kTasks); ++i)
-    threads.Schedule([call] { call->drain(); });
-  call->drain();
-  while (call->done < kTasks) std::this_thread::yield();
+  Call call{D, V, reinterpret_cast<const uint16_t*>(x.typed_data()),
+            reinterpret_cast<const uint16_t*>(matrix.typed_data()), out->typed_data()};
+  if (!is_transposed) call.sums.resize(kTasks * V);
+  const auto multiply = is_transposed ? by_rows : by_columns;
+  share(threads, kTasks, [&](int64_t task) { multiply(call, task); });
   if (is_transposed) return ffi::Error::Success();
   for (int64_t v = 0; v < V; ++v) {
     float total = 0;
-    for (int64_t task = 0; task < kTasks; ++task) total += call->sums[task * V + v];
-    call->out[v] = total;
+    for (int64_t task = 0; task < kTasks; ++task) total += call.sums[task * V + v];
+    call.out[v] = total;
   }
   return ffi::Error::Success();
 }
