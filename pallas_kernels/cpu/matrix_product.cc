@@ -54,16 +54,20 @@ __mmask32 first_lanes(int64_t left, int64_t lanes) {
 
 // Fills to[pair][column][2] from a matrix [D, V]; zeros behind its ends.
 void pack_rows(const Call& call, int64_t panel, uint16_t* to) {
+  static_assert(kColumns == 32, "a row of a panel is one vector of 16 bits");
+  alignas(kLine) uint16_t order[2 * kColumns];  // lane i of the first row, lane i of the second
+  for (uint16_t i = 0; i < 2 * kColumns; ++i) order[i] = i / 2 + i % 2 * kColumns;
+  const __m512i low = _mm512_load_si512(order), high = _mm512_load_si512(order + kColumns);
   const uint16_t* from = call.begin(panel);
-  for (int64_t d = 0; d < call.D; d += kPair, from += kPair * call.V)
-    for (int64_t v = 0; v < kColumns; v += kVector, to += kPair * kVector) {
-      const __mmask16 mask = first_lanes(call.V - panel * kColumns - v, kVector);
-      const __mmask16 second = d + 1 < call.D ? mask : __mmask16(0);
-      const __m256i low = _mm256_maskz_loadu_epi16(mask, from + v);
-      const __m256i high = _mm256_maskz_loadu_epi16(second, from + (second ? call.V : 0) + v);
-      const __m512i raised = _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16);
-      _mm512_store_si512(to, _mm512_or_si512(_mm512_cvtepu16_epi32(low), raised));
-    }
+  const __mmask32 mask = first_lanes(call.V - panel * kColumns, kColumns);
+  for (int64_t d = 0; d < call.D; d += kPair, from += kPair * call.V, to += kPair * kColumns) {
+    const bool has_second = d + 1 < call.D;
+    const __m512i first = _mm512_maskz_loadu_epi16(mask, from);
+    const __m512i second =
+        _mm512_maskz_loadu_epi16(has_second ? mask : 0, from + (has_second ? call.V : 0));
+    _mm512_store_si512(to, _mm512_permutex2var_epi16(first, low, second));
+    _mm512_store_si512(to + kColumns, _mm512_permutex2var_epi16(first, high, second));
+  }
 }
 
 // Turns 16 rows of 16 pairs into columns.
