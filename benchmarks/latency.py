@@ -36,14 +36,14 @@ from benchmarks.plot_latency import draw
 from benchmarks.serving_metrics import summary, token_metrics
 from benchmarks.unpaged_server import Refill, UnpagedServer
 from jpaged import LLM
-from jpaged_models import open_checkpoint
+from jpaged_models import open_named_tensors
 
 
 def main() -> None:
     """Prints a table for people and, last, one JSON line."""
     options = _options()
     compiles = CompileLog()
-    checkpoint = open_checkpoint(options.model)
+    checkpoint = open_named_tensors(options.model)
     print("warming up", file=sys.stderr)
     llm = _engine(options)
     params = baseline_model.load_params(checkpoint, dtype=options.dtype)

@@ -14,7 +14,7 @@ from benchmarks.open_loop import Server
 from benchmarks.paged_server import PagedServer
 from benchmarks.unpaged_server import Refill, UnpagedServer
 from jpaged import LLM
-from jpaged_models import open_checkpoint
+from jpaged_models import open_named_tensors
 
 PAGED = "paged"
 UNPAGED = {
@@ -59,7 +59,7 @@ def equal_blocks(rows: int, reserved: int, block_size: int) -> int:
 
 def make_sides(options: argparse.Namespace) -> Sides:
     """The engine, and the baselines that were asked for."""
-    checkpoint = open_checkpoint(options.model)
+    checkpoint = open_named_tensors(options.model)
     llm = make_engine(
         options,
         block_size=options.block_size,

@@ -30,7 +30,7 @@ from benchmarks.roof import READ_BYTES, Weight, products, read_large, roof_of, w
 from jpaged import LLM, SamplingParams
 from jpaged.engine import Engine
 from jpaged.requests import Request
-from jpaged_models import Checkpoint, load_decoder, open_checkpoint
+from jpaged_models import NamedTensors, load_decoder, open_named_tensors
 from pallas_kernels import choose_backend
 
 ROOF_HEADER = (
@@ -43,7 +43,7 @@ def main() -> None:
     """Prints a table for people and, last, one JSON line."""
     options = _options()
     compiles = CompileLog()
-    checkpoint = open_checkpoint(options.model)
+    checkpoint = open_named_tensors(options.model)
     params = baseline_model.load_params(checkpoint, dtype=options.dtype)
     weights = []
     if options.roof:
@@ -112,7 +112,7 @@ def _line(result: dict) -> str:
 
 def _measure(
     options: argparse.Namespace,
-    checkpoint: Checkpoint,
+    checkpoint: NamedTensors,
     params: baseline_model.Params,
     weights: list[Weight],
     batch: int,

@@ -26,7 +26,7 @@ from benchmarks.baseline import Baseline
 from benchmarks.lengths import clipped_lengths, random_prompts
 from benchmarks.measure import CompileLog, Timing, block_nbytes, interleaved, provenance
 from jpaged import LLM, SamplingParams
-from jpaged_models import Checkpoint, open_checkpoint
+from jpaged_models import NamedTensors, open_named_tensors
 from pallas_kernels import Backend, default_backend
 
 Outputs = list[list[int]]
@@ -56,7 +56,7 @@ def main() -> None:
     """Prints a table for people and, last, one JSON line."""
     options = _options()
     compiles = CompileLog()
-    checkpoint = open_checkpoint(options.model)
+    checkpoint = open_named_tensors(options.model)
     requests = _requests(options, checkpoint.config.vocab_size)
     sides = _paged_sides(options)
     sides += _unpaged_sides(options, checkpoint, sides[0].cache_dtype)
@@ -180,7 +180,7 @@ def _paged_sides(options: argparse.Namespace) -> list[Side]:
 
 
 def _unpaged_sides(
-    options: argparse.Namespace, checkpoint: Checkpoint, cache_dtype: DTypeLike
+    options: argparse.Namespace, checkpoint: NamedTensors, cache_dtype: DTypeLike
 ) -> list[Side]:
     """Baselines of equal bytes with either reservation, and one with a row for every request."""
     params = baseline_model.load_params(checkpoint, dtype=options.dtype)

@@ -27,7 +27,13 @@ def matrix_product(
     by_xla = functools.partial(_by_xla, is_transposed=is_transposed, dtype=dtype)
     if x.dtype != jnp.bfloat16 or not _is_compiled(len(x)):
         return by_xla(x, matrix)
-    ours = functools.partial(cpu.matrix_product, is_transposed=is_transposed, dtype=dtype)
+    ours = jax.custom_vjp(
+        functools.partial(cpu.matrix_product, is_transposed=is_transposed, dtype=dtype)
+    )
+    ours.defvjp(
+        lambda *operands: (ours(*operands), operands),
+        lambda operands, cotangent: jax.vjp(by_xla, *operands)[1](cotangent),
+    )
     return jax.lax.platform_dependent(x, matrix, cpu=ours, default=by_xla)
 
 

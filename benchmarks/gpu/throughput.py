@@ -22,7 +22,7 @@ from benchmarks.gpu.settings import Record, Settings
 from benchmarks.lengths import random_prompts, sharegpt_lengths
 from benchmarks.random_checkpoint import SMOLLM2, TINY, write_checkpoint
 from jpaged import LLM, SamplingParams
-from jpaged_models import open_checkpoint
+from jpaged_models import open_named_tensors
 
 DTYPE = "bfloat16"
 BLOCK_SIZE = 16
@@ -119,7 +119,7 @@ def _engine(model: pathlib.Path, load: Load, backend: str) -> LLM:
 
 
 def _baseline(model: pathlib.Path, load: Load) -> Baseline:
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_named_tensors(model)
     params = baseline_model.load_params(checkpoint, dtype=DTYPE)
     platform_dtype = DTYPE if jax.devices()[0].platform == "gpu" else "float32"
     baseline = Baseline(

@@ -2,7 +2,10 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
+
+from jpaged_models.config_values import float_of, int_of, listed, object_of
+from jpaged_models.rope import RopeScaling, rope_of
 
 ARCHITECTURES = {  # config.json's model_type -> the class name it stands for
     "llama": "LlamaForCausalLM",
@@ -21,35 +24,6 @@ ACTIVATIONS = {  # Hugging Face's name -> ours
     "relu": "relu",
 }
 DTYPES = ("float32", "bfloat16", "float16")
-ROPE_KINDS = ("default", "linear", "llama3")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """How RoPE's frequencies are stretched; the last three fields are read by `llama3` alone."""
-
-    kind: Literal["linear", "llama3"]
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 0
-
-    def __post_init__(self) -> None:
-        if self.kind not in ROPE_KINDS[1:]:
-            raise ValueError(f"RoPE scaling must be one of {ROPE_KINDS[1:]}, got {self.kind!r}")
-        if not self.factor > 0:
-            raise ValueError(f"a RoPE scaling factor must be above 0, got {self.factor}")
-        if self.kind == "llama3":
-            if not self.high_freq_factor > self.low_freq_factor > 0:
-                raise ValueError(
-                    "llama3 RoPE scaling needs high_freq_factor > low_freq_factor > 0, got "
-                    f"{self.high_freq_factor} and {self.low_freq_factor}"
-                )
-            if self.original_max_position_embeddings < 1:
-                raise ValueError(
-                    "llama3 RoPE scaling needs original_max_position_embeddings of at least 1, "
-                    f"got {self.original_max_position_embeddings}"
-                )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,9 +73,9 @@ class ModelConfig:
         if any(window is not None and window < 1 for window in self.layer_windows):
             raise ValueError(f"a sliding window must be at least 1, got {self.layer_windows}")
         if self.activation not in ACTIVATIONS.values():
-            raise ValueError(f"activation must be one of {_listed(ACTIVATIONS.values())}")
+            raise ValueError(f"activation must be one of {listed(ACTIVATIONS.values())}")
         if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {_listed(DTYPES)}, got {self.dtype!r}")
+            raise ValueError(f"dtype must be one of {listed(DTYPES)}, got {self.dtype!r}")
 
     @property
     def group_size(self) -> int:
@@ -119,7 +93,7 @@ def config_from_hf(
             defaults of the architecture's Hugging Face class.
         generation: generation_config.json, whose end-of-sequence ids join the config's.
     """
-    quantization = _object(raw, "quantization_config")
+    quantization = object_of(raw, "quantization_config")
     if quantization:
         method = quantization.get("quant_method", "unknown")
         raise ValueError(
@@ -131,7 +105,7 @@ def config_from_hf(
     return ModelConfig(
         architecture=architecture,
         dtype=_dtype(raw),
-        bos_token_id=None if ids.get("bos_token_id") is None else _int(ids, "bos_token_id", None),
+        bos_token_id=None if ids.get("bos_token_id") is None else int_of(ids, "bos_token_id", None),
         eos_token_ids=_eos_token_ids(ids, generation or {}),
         **make(raw, architecture),
     )
@@ -142,7 +116,7 @@ def check_architecture(architecture: str) -> None:
     if architecture not in ARCHITECTURES.values():
         raise ValueError(
             f"architecture {architecture!r} is not supported; supported are "
-            f"{_listed(ARCHITECTURES.values())}"
+            f"{listed(ARCHITECTURES.values())}"
         )
 
 
@@ -205,28 +179,28 @@ def _architecture(raw: Mapping[str, Any]) -> str:
 def _llama_fields(raw: Mapping[str, Any], architecture: str) -> dict[str, Any]:
     """The fields of the Llama family; what its members differ in is named here and only here."""
     defaults = _LLAMA_DEFAULTS[architecture]
-    hidden_size = _int(raw, "hidden_size", 4096)
-    num_layers = _int(raw, "num_hidden_layers", 32)
-    num_heads = _int(raw, "num_attention_heads", 32)
+    hidden_size = int_of(raw, "hidden_size", 4096)
+    num_layers = int_of(raw, "num_hidden_layers", 32)
+    num_heads = int_of(raw, "num_attention_heads", 32)
     # A null count or size means the plain one in every class; what absence means differs.
     absent = {key: value for key, value in defaults.items() if key not in raw}
-    num_kv_heads = _int(raw, "num_key_value_heads", absent.get("num_key_value_heads", num_heads))
-    head_size = _int(raw, "head_dim", absent.get("head_dim", hidden_size // max(num_heads, 1)))
-    max_positions = _int(raw, "max_position_embeddings", defaults["max_position_embeddings"])
+    num_kv_heads = int_of(raw, "num_key_value_heads", absent.get("num_key_value_heads", num_heads))
+    head_size = int_of(raw, "head_dim", absent.get("head_dim", hidden_size // max(num_heads, 1)))
+    max_positions = int_of(raw, "max_position_embeddings", defaults["max_position_embeddings"])
     attention_bias = bool(raw.get("attention_bias", False))
     is_qwen2 = architecture == "Qwen2ForCausalLM"
     biased = architecture in {"LlamaForCausalLM", "Qwen3ForCausalLM"} and attention_bias
-    theta, scaling = _rope(raw, max_positions)
+    theta, scaling = rope_of(raw, max_positions)
     return {
-        "vocab_size": _int(raw, "vocab_size", defaults["vocab_size"]),
+        "vocab_size": int_of(raw, "vocab_size", defaults["vocab_size"]),
         "hidden_size": hidden_size,
-        "intermediate_size": _int(raw, "intermediate_size", defaults["intermediate_size"]),
+        "intermediate_size": int_of(raw, "intermediate_size", defaults["intermediate_size"]),
         "num_layers": num_layers,
         "num_heads": num_heads,
         "num_kv_heads": num_kv_heads,
         "head_size": head_size,
         "max_position_embeddings": max_positions,
-        "norm_eps": _float(raw, "rms_norm_eps", 1e-6),
+        "norm_eps": float_of(raw, "rms_norm_eps", 1e-6),
         "rope_theta": theta,
         "rope_scaling": scaling,
         "tie_word_embeddings": bool(raw.get("tie_word_embeddings", False)),
@@ -246,21 +220,21 @@ def _gpt2_fields(raw: Mapping[str, Any], _architecture: str) -> dict[str, Any]:
             "GPT-2 with scale_attn_weights=False or scale_attn_by_inverse_layer_idx=True is not "
             "supported; only the usual 1/sqrt(head size) scale is"
         )
-    hidden_size = _int(raw, "n_embd", 768)
-    num_layers = _int(raw, "n_layer", 12)
-    num_heads = _int(raw, "n_head", 12)
+    hidden_size = int_of(raw, "n_embd", 768)
+    num_layers = int_of(raw, "n_layer", 12)
+    num_heads = int_of(raw, "n_head", 12)
     if num_heads < 1 or hidden_size % num_heads:
         raise ValueError(f"n_embd must be a multiple of n_head, got {hidden_size} and {num_heads}")
     return {
-        "vocab_size": _int(raw, "vocab_size", 50257),
+        "vocab_size": int_of(raw, "vocab_size", 50257),
         "hidden_size": hidden_size,
-        "intermediate_size": _int(raw, "n_inner", 4 * hidden_size),
+        "intermediate_size": int_of(raw, "n_inner", 4 * hidden_size),
         "num_layers": num_layers,
         "num_heads": num_heads,
         "num_kv_heads": num_heads,
         "head_size": hidden_size // num_heads,
-        "max_position_embeddings": _int(raw, "n_positions", 1024),
-        "norm_eps": _float(raw, "layer_norm_epsilon", 1e-5),
+        "max_position_embeddings": int_of(raw, "n_positions", 1024),
+        "norm_eps": float_of(raw, "layer_norm_epsilon", 1e-5),
         "rope_theta": None,
         "rope_scaling": None,
         "tie_word_embeddings": bool(raw.get("tie_word_embeddings", True)),
@@ -273,54 +247,25 @@ def _gpt2_fields(raw: Mapping[str, Any], _architecture: str) -> dict[str, Any]:
     }
 
 
-def _rope(raw: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScaling | None]:
-    """Theta and scaling from `rope_theta`/`rope_scaling`, or from Transformers 5's one dict."""
-    rope = _object(raw, "rope_parameters") or _object(raw, "rope_scaling")
-    theta = _float(rope, "rope_theta", _float(raw, "rope_theta", 10000.0))
-    partial = _float(rope, "partial_rotary_factor", _float(raw, "partial_rotary_factor", 1.0))
-    if partial != 1.0:
-        raise ValueError(f"partial_rotary_factor must be 1, got {partial}: it is not supported")
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return theta, None
-    if kind == "linear":
-        return theta, RopeScaling(kind="linear", factor=_float(rope, "factor", None))
-    if kind != "llama3":
-        raise ValueError(
-            f"RoPE type {kind!r} is not supported; supported are {_listed(ROPE_KINDS)}"
-        )
-    return theta, RopeScaling(
-        kind="llama3",
-        factor=_float(rope, "factor", None),
-        low_freq_factor=_float(rope, "low_freq_factor", 1.0),
-        high_freq_factor=_float(rope, "high_freq_factor", 4.0),
-        original_max_position_embeddings=_int(
-            rope, "original_max_position_embeddings", max_positions
-        ),
-    )
-
-
 def _layer_windows(
     raw: Mapping[str, Any], architecture: str, num_layers: int
 ) -> tuple[int | None, ...]:
     # Null means none, absence the classes' default.
     is_null = "sliding_window" in raw and raw["sliding_window"] is None
-    window = None if is_null else _int(raw, "sliding_window", 4096)
+    window = None if is_null else int_of(raw, "sliding_window", 4096)
     if architecture == "LlamaForCausalLM":
         return (None,) * num_layers
     if architecture == "MistralForCausalLM":
         return (window,) * num_layers
     if not raw.get("use_sliding_window", False):
         return (None,) * num_layers
-    first = _int(raw, "max_window_layers", 28)
+    first = int_of(raw, "max_window_layers", 28)
     kinds = raw.get("layer_types") or [
         "sliding_attention" if layer >= first else "full_attention" for layer in range(num_layers)
     ]
     known = ("full_attention", "sliding_attention")
     if not isinstance(kinds, list) or any(kind not in known for kind in kinds):
-        raise ValueError(
-            f"config.json: layer_types must be a list of {_listed(known)}, got {kinds}"
-        )
+        raise ValueError(f"config.json: layer_types must be a list of {listed(known)}, got {kinds}")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
@@ -330,48 +275,20 @@ def _eos_token_ids(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> tup
     for source in (generation, raw):
         ids = source.get("eos_token_id")
         ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-        found += [_int({"eos_token_id": token_id}, "eos_token_id", None) for token_id in ids]
+        found += [int_of({"eos_token_id": token_id}, "eos_token_id", None) for token_id in ids]
     return tuple(dict.fromkeys(found))
 
 
 def _dtype(raw: Mapping[str, Any]) -> str:
     name = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
     if name not in DTYPES:
-        raise ValueError(f"checkpoints of dtype {name!r} are not supported; {_listed(DTYPES)} are")
+        raise ValueError(f"checkpoints of dtype {name!r} are not supported; {listed(DTYPES)} are")
     return name
 
 
 def _activation(name: object) -> str:
     if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ValueError(
-            f"activation {name!r} is not supported; supported are {_listed(ACTIVATIONS)}"
+            f"activation {name!r} is not supported; supported are {listed(ACTIVATIONS)}"
         )
     return ACTIVATIONS[name]
-
-
-def _object(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """The object under `key`, empty where there is none."""
-    value = raw.get(key)
-    if value is not None and not isinstance(value, Mapping):
-        raise ValueError(f"config.json: {key} must be an object, got {value!r}")
-    return value or {}
-
-
-def _int(raw: Mapping[str, Any], key: str, default: int | None) -> int:
-    value = raw.get(key)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"config.json: {key} must be an integer, got {value!r}")  # noqa: TRY004
-    return value
-
-
-def _float(raw: Mapping[str, Any], key: str, default: float | None) -> float:
-    value = raw.get(key)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"config.json: {key} must be a number, got {value!r}")  # noqa: TRY004
-    return float(value)
-
-
-def _listed(names: Any) -> str:
-    return ", ".join(dict.fromkeys(names))

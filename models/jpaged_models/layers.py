@@ -4,18 +4,17 @@ Products accumulate in float32 and are cast where they are stored.
 """
 
 import functools
-import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int32
 
-from jpaged_models.config import ModelConfig, RopeScaling
+from jpaged_models.config import ModelConfig
 from jpaged_models.context import Phase, Rotary, StepContext
+from jpaged_models.rope import RopeScaling, frequencies_of
 from pallas_kernels import matrix_product, paged_attention, paged_decode, write_kv
 
 
@@ -74,6 +73,14 @@ class LayerNorm(nnx.Module):
         return (scaled * _like(self.weight[...], x) + _like(self.bias[...], x)).astype(x.dtype)
 
 
+class QKV(NamedTuple):
+    """What attention works on."""
+
+    q: Float[Array, "T N H"]
+    k: Float[Array, "T K H"]
+    v: Float[Array, "T K H"]
+
+
 class Attention(nnx.Module):
     """Grouped-query attention over the pool.
 
@@ -109,6 +116,15 @@ class Attention(nnx.Module):
         window: int | None,
     ) -> tuple[Float[Array, "T D"], Float[Array, "P K S W"]]:
         """The layer's output and the pool with this step's keys and values."""
+        q, k, v = self.project(x, rotary)
+        real = (context.positions >= 0)[:, None, None]  # padding writes zeros to the null block
+        k, v = jnp.where(real, k, 0), jnp.where(real, v, 0)
+        pool = write_kv(pool, k, v, context.slots, backend=context.backend)
+        scale = self.config.head_size**-0.5
+        return self.finish(_attend(q, pool, context, scale=scale, window=window)), pool
+
+    def project(self, x: Float[Array, "T D"], rotary: Rotary | None) -> QKV:
+        """Queries, keys and values, the first two turned by their token's position."""
         config = self.config
         T, K, G, H = x.shape[0], config.num_kv_heads, config.group_size, config.head_size
         qkv = _product(x, self.qkv[...])
@@ -120,14 +136,13 @@ class Attention(nnx.Module):
         q = q.reshape(T, K * G, H)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        real = (context.positions >= 0)[:, None, None]  # padding writes zeros to the null block
-        k, v = jnp.where(real, k, 0), jnp.where(real, v, 0)
-        pool = write_kv(pool, k, v, context.slots, backend=context.backend)
-        mixed = _attend(q, pool, context, scale=H**-0.5, window=window)
-        out = _product(mixed.reshape(T, K * G * H), self.out[...])
-        if config.output_bias:
-            out += self.out_bias[...][None]
-        return out, pool
+        return QKV(q, k, v)
+
+    def finish(self, mixed: Float[Array, "T N H"]) -> Float[Array, "T D"]:
+        """What the heads' results add to the residual."""
+        T, N, H = mixed.shape
+        out = _product(mixed.reshape(T, N * H), self.out[...])
+        return out + self.out_bias[...][None] if self.config.output_bias else out
 
 
 def _attend(
@@ -212,9 +227,12 @@ def rotary_for(
     positions: Int32[Array, " T"], *, head_size: int, theta: float, scaling: RopeScaling | None
 ) -> Rotary:
     """The rotations of RoPE (Su et al., arXiv 2104.09864) at each position, in float32."""
-    frequencies = jnp.asarray(_frequencies(head_size, theta, scaling), jnp.float32)
+    frequencies = jnp.asarray(frequencies_of(head_size, theta, scaling), jnp.float32)
     angles = positions.astype(jnp.float32)[:, None] * frequencies[None, :]
-    return Rotary(jnp.cos(angles), jnp.sin(angles))
+    factor = 1.0 if scaling is None else scaling.attention_factor
+    if factor == 1.0:
+        return Rotary(jnp.cos(angles), jnp.sin(angles))
+    return Rotary(jnp.cos(angles) * factor, jnp.sin(angles) * factor)
 
 
 def rotate(x: Float[Array, "T N H"], rotary: Rotary) -> Float[Array, "T N H"]:
@@ -224,19 +242,6 @@ def rotate(x: Float[Array, "T N H"], rotary: Rotary) -> Float[Array, "T N H"]:
     return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(
         x.dtype
     )
-
-
-def _frequencies(head_size: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
-    """Radians a position, one for each pair of lanes; llama3 scaling as Llama 3.1 defines it."""
-    frequencies = theta ** -(np.arange(0, head_size, 2, dtype=np.float64) / head_size)
-    if scaling is None:
-        return frequencies
-    if scaling.kind == "linear":
-        return frequencies / scaling.factor
-    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept = np.clip((turns - low) / (high - low), 0, 1)  # 0: slow lanes, scaled; 1: fast ones, kept
-    return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
 def _product(x: Float[Array, "T D"], kernel: Float[Array, "D *out"]) -> Float[Array, "T *out"]:

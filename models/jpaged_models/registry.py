@@ -13,7 +13,7 @@ from jpaged_models.config import ModelConfig
 from jpaged_models.context import Pools, StepContext
 from jpaged_models.gpt2 import GPT2, gpt2_weights
 from jpaged_models.llama import Llama, llama_weights
-from jpaged_models.weights import Checkpoint
+from jpaged_models.weights import Checkpoint, NamedTensors, OrbaxCheckpoint
 
 
 @runtime_checkable  # the shape checker of the tests asks isinstance
@@ -69,8 +69,24 @@ def load_decoder(checkpoint: Checkpoint, *, dtype: DTypeLike) -> Decoder:
     Raises:
         ValueError: a tensor is missing or has another shape than the config says.
     """
-    config = checkpoint.config
-    names = checkpoint.names()
+    graph, abstract = nnx.split(abstract_decoder(checkpoint.config, dtype=dtype))
+    wanted = nnx.to_pure_dict(abstract)
+    if isinstance(checkpoint, OrbaxCheckpoint):
+        placed = checkpoint.restore(wanted)
+    else:
+        placed = _place(wanted, _named_weights(checkpoint), dtype, path=())
+    nnx.replace_by_pure_dict(abstract, placed)
+    return cast(Decoder, nnx.merge(graph, abstract))
+
+
+def params_of(decoder: Decoder) -> dict:
+    """The decoder's parameters as nested dicts of arrays, as `save_checkpoint` takes them."""
+    return nnx.to_pure_dict(nnx.state(decoder, nnx.Param))
+
+
+def _named_weights(checkpoint: NamedTensors) -> dict:
+    """What Hugging Face's names hold, laid out as the decoder's parameters are."""
+    config, names = checkpoint.config, checkpoint.names()
 
     def read(name: str) -> np.ndarray:
         if name not in names:
@@ -81,11 +97,7 @@ def load_decoder(checkpoint: Checkpoint, *, dtype: DTypeLike) -> Decoder:
             )
         return checkpoint.tensor(name)
 
-    graph, abstract = nnx.split(abstract_decoder(config, dtype=dtype))
-    weights = FAMILIES[config.architecture].weights(config, read)
-    placed = _place(nnx.to_pure_dict(abstract), weights, dtype, path=())
-    nnx.replace_by_pure_dict(abstract, placed)
-    return cast(Decoder, nnx.merge(graph, abstract))
+    return FAMILIES[config.architecture].weights(config, read)
 
 
 def _place(wanted: dict, found: dict, dtype: DTypeLike, path: tuple) -> dict:

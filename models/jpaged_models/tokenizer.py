@@ -10,6 +10,7 @@ import tokenizers
 from tokenizers import processors
 
 from jpaged_models.chat_template import ChatTemplate
+from jpaged_models.config import ModelConfig
 
 TOKENIZER_FILE = "tokenizer.json"
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
@@ -80,6 +81,41 @@ def load_tokenizer(
         eos_token_ids=unique_ids((*eos_token_ids, eos)),
         chat_template=_chat_template(directory, settings, special),
     )
+
+
+def tokenizer_in(directory: pathlib.Path, config: ModelConfig) -> Tokenizer | None:
+    """The tokenizer that lies beside a network's weights, or None where there is none.
+
+    Raises ValueError for one that cannot be read.
+    """
+    if not (directory / TOKENIZER_FILE).is_file():
+        return None
+    return load_tokenizer(
+        directory, bos_token_id=config.bos_token_id, eos_token_ids=config.eos_token_ids
+    )
+
+
+def save_tokenizer(tokenizer: Tokenizer, directory: pathlib.Path) -> None:
+    """Writes the files that `load_tokenizer` reads."""
+    tokenizer.backend.save(str(directory / TOKENIZER_FILE))
+    template = tokenizer.chat_template
+    special = dict(template.special_tokens) if template else {}
+    # The last of the ids that end a text is the tokenizer's own, those before it the config's.
+    eos = tokenizer.eos_token_ids[-1] if tokenizer.eos_token_ids else None
+    own = {"bos_token": tokenizer.bos_token_id, "eos_token": eos}
+    for name, token_id in own.items():
+        token = None if token_id is None else tokenizer.backend.id_to_token(token_id)
+        if token is not None:
+            special[name] = token
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps(special, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    for name, source in (template.sources if template else {}).items():
+        path = directory / "chat_template.jinja"
+        if name != "default":
+            path = directory / "additional_chat_templates" / f"{name}.jinja"
+            path.parent.mkdir(exist_ok=True)
+        path.write_text(source, encoding="utf-8")
 
 
 def add_template(

@@ -13,7 +13,7 @@ from benchmarks import baseline_model
 from benchmarks.baseline import Baseline
 from jpaged.engine import Engine
 from jpaged.requests import Request, Sequence
-from jpaged_models import Checkpoint, Decoder, Tokenizer
+from jpaged_models import Decoder, NamedTensors, Tokenizer
 from pallas_kernels import Backend, default_backend
 from tests.engine.prose import FEW_LENGTHS, TEXT, prompts_of
 from tests.helpers import (
@@ -112,7 +112,7 @@ def test_warm_and_forked_answers_equal_those_of_transformers(
 
 
 def test_the_unpaged_baseline_says_what_transformers_says(
-    golden: dict[str, np.ndarray], smollm2_checkpoint: Checkpoint
+    golden: dict[str, np.ndarray], smollm2_checkpoint: NamedTensors
 ):
     params = baseline_model.load_params(smollm2_checkpoint)
     baseline = Baseline(smollm2_checkpoint.config, params, num_rows=4, reserved=320)

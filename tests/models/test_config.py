@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jpaged_models.config import ARCHITECTURES, RopeScaling, config_from_hf
+from jpaged_models.config import ARCHITECTURES, config_from_hf
+from jpaged_models.rope import RopeScaling
 from tests.models.tiny_files import LLAMA_CONFIG
 
 LLAMA3 = {
@@ -132,7 +133,8 @@ def test_end_ids_of_both_files_are_joined_without_repeats():
     [
         ({"architectures": ["GemmaForCausalLM"]}, ["GemmaForCausalLM", *ARCHITECTURES.values()]),
         ({"architectures": None, "model_type": "mamba"}, ["mamba", "LlamaForCausalLM"]),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["yarn", "linear", "llama3"]),
+        ({"rope_scaling": {"rope_type": "longrope"}}, ["longrope", "linear", "llama3", "yarn"]),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_slow": 40.0}}, ["32.0", "40.0"]),
         ({"hidden_act": "mish"}, ["mish", "silu", "gelu_new"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "0.5"]),
         ({"torch_dtype": "float8_e4m3fn"}, ["float8_e4m3fn", "bfloat16"]),

@@ -6,8 +6,8 @@ import gguf
 import numpy as np
 import pytest
 
-from jpaged_models.config import RopeScaling
-from jpaged_models.weights import open_checkpoint
+from jpaged_models.rope import RopeScaling
+from jpaged_models.weights import open_named_tensors
 from tests.models.tiny_files import (
     LLAMA_VALUES,
     D,
@@ -33,7 +33,7 @@ def test_gguf_llama_gets_its_rows_of_q_and_k_back(tmp_path):
     for name, array in as_gguf_tensors(tensors, interleaved=False).items():
         is_changed = name.removeprefix("blk.0.").removeprefix("blk.1.") in changed
         assert np.array_equal(array, stored[name]) != is_changed, name
-    opened = open_checkpoint(write_gguf(tmp_path / "m.gguf", "llama", LLAMA_VALUES, stored))
+    opened = open_named_tensors(write_gguf(tmp_path / "m.gguf", "llama", LLAMA_VALUES, stored))
     assert_same(opened, tensors)
     assert (opened.config.qkv_bias, opened.config.output_bias) == (True, True)
     assert not opened.quantized
@@ -42,16 +42,16 @@ def test_gguf_llama_gets_its_rows_of_q_and_k_back(tmp_path):
 def test_gguf_llama_has_the_config_of_its_directory(tmp_path):
     tensors = llama_tensors()
     values = LLAMA_VALUES | {"tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2}
-    opened = open_checkpoint(
+    opened = open_named_tensors(
         write_gguf(tmp_path / "m.gguf", "llama", values, as_gguf_tensors(tensors))
     )
-    directory = open_checkpoint(write_directory(tmp_path / "m", tensors))
+    directory = open_named_tensors(write_directory(tmp_path / "m", tensors))
     assert opened.config == directory.config
 
 
 def test_gguf_with_its_own_head_is_untied(tmp_path):
     tensors = llama_tensors() | {"lm_head.weight": np.ones((V, D), np.float32)}
-    opened = open_checkpoint(
+    opened = open_named_tensors(
         write_gguf(tmp_path / "m.gguf", "llama", LLAMA_VALUES, as_gguf_tensors(tensors))
     )
     assert_same(opened, tensors)
@@ -73,7 +73,7 @@ def test_gguf_qwen_keeps_its_rows(tmp_path, architecture, biases, norms):
     values = {key: value for key, value in LLAMA_VALUES.items() if "dimension_count" not in key}
     values |= {".attention.key_length": H, ".attention.value_length": H, ".rope.freq_base": 1e6}
     stored = as_gguf_tensors(tensors, interleaved=False)
-    opened = open_checkpoint(write_gguf(tmp_path / "m.gguf", architecture, values, stored))
+    opened = open_named_tensors(write_gguf(tmp_path / "m.gguf", architecture, values, stored))
     assert_same(opened, tensors)
     config = opened.config
     assert config.architecture == {"qwen2": "Qwen2", "qwen3": "Qwen3"}[architecture] + "ForCausalLM"
@@ -110,7 +110,7 @@ def test_gguf_gpt2_gets_its_products_turned_round(tmp_path):
         ".attention.head_count": N,
         ".attention.layer_norm_epsilon": 1e-5,
     }
-    opened = open_checkpoint(write_gguf(tmp_path / "m.gguf", "gpt2", values, stored))
+    opened = open_named_tensors(write_gguf(tmp_path / "m.gguf", "gpt2", values, stored))
     assert_same(opened, tensors)
     config = opened.config
     assert (config.architecture, config.rope_theta) == ("GPT2LMHeadModel", None)
@@ -132,7 +132,7 @@ def test_gguf_is_dequantised_and_half_precision_widened(tmp_path):
     ]:
         path = tmp_path / f"{kind.name}.gguf"
         stored = as_gguf_tensors(arrays)
-        opened = open_checkpoint(
+        opened = open_named_tensors(
             write_gguf(path, "llama", values, stored, kinds={"token_embd.weight": kind})
         )
         array = opened.tensor("model.embed_tokens.weight")
@@ -160,9 +160,9 @@ def test_every_quantisation_that_gguf_dequantises_opens_and_others_are_named(tmp
     writer.close()
     if expected is None:
         with pytest.raises(ValueError, match=f"quantisation {kind.name} is not supported"):
-            open_checkpoint(tmp_path / "m.gguf")
+            open_named_tensors(tmp_path / "m.gguf")
         return
-    array = open_checkpoint(tmp_path / "m.gguf").tensor("model.embed_tokens.weight")
+    array = open_named_tensors(tmp_path / "m.gguf").tensor("model.embed_tokens.weight")
     np.testing.assert_array_equal(array, expected)
 
 
@@ -181,7 +181,7 @@ def test_gguf_linear_rope_scaling_is_read(tmp_path, values, scaling):
         tmp_path / "m.gguf", "llama", LLAMA_VALUES | values, as_gguf_tensors(llama_tensors())
     )
     expected = None if scaling is None else RopeScaling(kind="linear", factor=scaling)
-    assert open_checkpoint(path).config.rope_scaling == expected
+    assert open_named_tensors(path).config.rope_scaling == expected
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_gguf_table_of_llama3_factors_gives_its_parameters(
     stored["rope_freqs.weight"] = converter_factors(frequencies, factor, low, high, original)
     values = LLAMA_VALUES | {".rope.freq_base": theta}
     values |= {".attention.key_length": 64, ".rope.dimension_count": 64}
-    opened = open_checkpoint(write_gguf(tmp_path / "m.gguf", "llama", values, stored))
+    opened = open_named_tensors(write_gguf(tmp_path / "m.gguf", "llama", values, stored))
     found = opened.config.rope_scaling
     assert found is not None
     again = converter_factors(
@@ -247,23 +247,23 @@ def test_gguf_metadata_that_is_not_supported_is_refused(tmp_path, change, words)
     values = {k: v for k, v in (LLAMA_VALUES | change).items() if v is not None}
     stored = as_gguf_tensors(llama_tensors())
     with pytest.raises(ValueError, match=words):
-        open_checkpoint(write_gguf(tmp_path / "m.gguf", "llama", values, stored))
+        open_named_tensors(write_gguf(tmp_path / "m.gguf", "llama", values, stored))
 
 
 def test_gguf_of_another_architecture_is_refused_by_name(tmp_path):
     path = write_gguf(tmp_path / "m.gguf", "mamba", {}, {"token_embd.weight": np.ones((3, 2))})
     with pytest.raises(ValueError, match=r"'mamba' is not supported.*llama, qwen2, qwen3, gpt2"):
-        open_checkpoint(path)
+        open_named_tensors(path)
 
 
 def test_gguf_with_a_tensor_of_no_place_or_without_weights_is_refused(tmp_path):
     stored = as_gguf_tensors(llama_tensors())
     odd = stored | {"blk.0.post_ffw_norm.weight": np.ones(D, np.float32)}
     with pytest.raises(ValueError, match=r"'blk\.0\.post_ffw_norm\.weight' has no place"):
-        open_checkpoint(write_gguf(tmp_path / "odd.gguf", "llama", LLAMA_VALUES, odd))
+        open_named_tensors(write_gguf(tmp_path / "odd.gguf", "llama", LLAMA_VALUES, odd))
     del stored["token_embd.weight"]
     with pytest.raises(ValueError, match="no model weights"):
-        open_checkpoint(write_gguf(tmp_path / "m.gguf", "llama", LLAMA_VALUES, stored))
+        open_named_tensors(write_gguf(tmp_path / "m.gguf", "llama", LLAMA_VALUES, stored))
 
 
 def test_gguf_cut_anywhere_is_refused(tmp_path):
@@ -274,7 +274,7 @@ def test_gguf_cut_anywhere_is_refused(tmp_path):
     for length in [*range(0, 700, 7), len(data) // 2, len(data) - 33]:
         whole.write_bytes(data[:length])
         with pytest.raises(ValueError, match=r"download it again"):
-            open_checkpoint(whole)
+            open_named_tensors(whole)
 
 
 @pytest.mark.parametrize(
@@ -289,4 +289,4 @@ def test_gguf_cut_anywhere_is_refused(tmp_path):
 def test_gguf_junk_is_refused(tmp_path, data):
     (tmp_path / "m.gguf").write_bytes(data)
     with pytest.raises(ValueError, match=r"not a whole GGUF file|'missing' is not supported"):
-        open_checkpoint(tmp_path / "m.gguf")
+        open_named_tensors(tmp_path / "m.gguf")

@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 from safetensors.numpy import save_file
 
-from jpaged_models.weights import Checkpoint
+from jpaged_models.weights import NamedTensors
 
 D, F, V, L, N, K, H = 24, 40, 31, 2, 3, 1, 8
 
@@ -171,7 +171,7 @@ def converter_permute(array: np.ndarray, num_heads: int) -> np.ndarray:
     return np.ascontiguousarray(split.swapaxes(1, 2).reshape(array.shape))
 
 
-def assert_same(opened: Checkpoint, tensors: dict[str, np.ndarray]) -> None:
+def assert_same(opened: NamedTensors, tensors: dict[str, np.ndarray]) -> None:
     assert opened.names() == frozenset(tensors)
     for name, expected in tensors.items():
         array = opened.tensor(name)

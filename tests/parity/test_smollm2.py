@@ -15,7 +15,7 @@ from benchmarks import baseline_model
 from benchmarks.baseline import Baseline
 from jpaged.engine import Engine
 from jpaged.requests import Request, Sequence
-from jpaged_models import Checkpoint, Decoder, Tokenizer
+from jpaged_models import Decoder, NamedTensors, Tokenizer
 from jpaged_models.weights import hub
 from pallas_kernels import Backend, default_backend
 from tests.engine.prose import LENGTHS, TEXT, prompts_of
@@ -97,7 +97,7 @@ def test_free_running_tokens_equal_those_of_transformers(
 
 
 def test_the_unpaged_baselines_logits_equal_those_of_transformers(
-    smollm2_checkpoint: Checkpoint, prompts: list[list[int]], expected: list[Any]
+    smollm2_checkpoint: NamedTensors, prompts: list[list[int]], expected: list[Any]
 ):
     config = smollm2_checkpoint.config
     params = baseline_model.load_params(smollm2_checkpoint)
@@ -115,7 +115,7 @@ def test_the_unpaged_baselines_logits_equal_those_of_transformers(
 
 
 def test_the_unpaged_baselines_tokens_equal_those_of_transformers(
-    smollm2_checkpoint: Checkpoint, prompts: list[list[int]], expected: list[Any]
+    smollm2_checkpoint: NamedTensors, prompts: list[list[int]], expected: list[Any]
 ):
     params = baseline_model.load_params(smollm2_checkpoint)
     baseline = Baseline(smollm2_checkpoint.config, params, num_rows=8, reserved=MAX_MODEL_LEN)

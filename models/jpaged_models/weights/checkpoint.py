@@ -10,12 +10,15 @@ from jpaged_models.config import ModelConfig
 from jpaged_models.tokenizer import Tokenizer
 from jpaged_models.weights import hub
 from jpaged_models.weights.gguf import GGUFCheckpoint
+from jpaged_models.weights.orbax import CONFIG_FILE, OrbaxCheckpoint
 from jpaged_models.weights.safetensors import SafetensorsCheckpoint
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+TINY = "tiny"  # trained by `jpaged_models.train`; a directory of that name is "./tiny"
+TINY_DIRECTORY = pathlib.Path(__file__).parents[1] / TINY
 
 
-class Checkpoint(Protocol):
+class NamedTensors(Protocol):
     """Named arrays of one model on the host, under Hugging Face's names and shapes.
 
     A linear layer's weight is `[out, in]`, GPT-2's Conv1D weights `[in, out]`. Arrays may be
@@ -47,12 +50,16 @@ class Checkpoint(Protocol):
         ...
 
 
+Checkpoint = NamedTensors | OrbaxCheckpoint
+
+
 def open_checkpoint(model: str | os.PathLike | None, *, revision: str | None = None) -> Checkpoint:
     """The checkpoint that `model` names, its files checked before anything is loaded.
 
     Args:
-        model: a directory in Hugging Face's layout, a .gguf file, or a hub id; None is the
-            default model, from its installed data package or else from the hub.
+        model: a directory in Hugging Face's layout or of `save_checkpoint`, a .gguf file, a hub
+            id, or "tiny" for the small model that comes along; None is the default model, from
+            its installed data package or else from the hub.
         revision: a branch, tag or commit on the hub.
     """
     if model is None:
@@ -61,6 +68,8 @@ def open_checkpoint(model: str | os.PathLike | None, *, revision: str | None = N
         raise TypeError(f"model must be a path, a hub id or None, got {type(model).__name__}")
     if not str(model):
         raise ValueError("model is an empty string; pass a directory, a .gguf file or a hub id")
+    if model == TINY:
+        return OrbaxCheckpoint(TINY_DIRECTORY, source="tiny, which comes with jpaged")
     path = pathlib.Path(model).expanduser()
     if path.is_dir() or path.is_file() or path.suffix.lower() == ".gguf":
         if revision is not None:
@@ -72,7 +81,25 @@ def open_checkpoint(model: str | os.PathLike | None, *, revision: str | None = N
     return _open_path(snapshot.directory, snapshot.source)
 
 
+def open_named_tensors(
+    model: str | os.PathLike | None, *, revision: str | None = None
+) -> NamedTensors:
+    """The same for whoever reads tensors by Hugging Face's names.
+
+    Raises ValueError for a directory of `save_checkpoint`, which has none.
+    """
+    checkpoint = open_checkpoint(model, revision=revision)
+    if isinstance(checkpoint, OrbaxCheckpoint):
+        raise ValueError(  # noqa: TRY004 - the model's kind, not the argument's type
+            f"{checkpoint.source} has no tensors under Hugging Face's names; pass a directory in "
+            "Hugging Face's layout, a .gguf file or a hub id"
+        )
+    return checkpoint
+
+
 def _open_path(path: pathlib.Path, source: str) -> Checkpoint:
+    if path.is_dir() and (path / CONFIG_FILE).is_file():
+        return OrbaxCheckpoint(path, source=source)
     if path.is_dir():
         return SafetensorsCheckpoint(path, source=source)
     if not path.is_file():

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jpaged_models.config import ModelConfig, RopeScaling
+from jpaged_models.config import ModelConfig
+from jpaged_models.rope import RopeScaling
 from jpaged_models.weights.gguf_file import PLAIN_TYPES, GGUFFile
 from jpaged_models.weights.gguf_rope import llama3_from_factors
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 from jaxtyping import Float
 
-from jpaged_models.config import RopeScaling
+from jpaged_models.rope import RopeScaling
 
 
 def llama3_from_factors(

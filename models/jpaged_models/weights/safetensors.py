@@ -9,7 +9,7 @@ import numpy as np
 import safetensors
 
 from jpaged_models.config import ModelConfig, config_from_hf
-from jpaged_models.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer, read_json
+from jpaged_models.tokenizer import Tokenizer, read_json, tokenizer_in
 
 INDEX = "model.safetensors.index.json"
 # Tables that old Transformers versions saved beside the weights and every model recomputes.
@@ -33,16 +33,9 @@ class SafetensorsCheckpoint:
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """The directory's tokenizer, or None where it has no tokenizer.json.
-
-        Raises ValueError for one that cannot be read.
-        """
-        if self._tokenizer is None and (self.directory / TOKENIZER_FILE).is_file():
-            self._tokenizer = load_tokenizer(
-                self.directory,
-                bos_token_id=self.config.bos_token_id,
-                eos_token_ids=self.config.eos_token_ids,
-            )
+        """The directory's tokenizer, or None. Raises ValueError for one that cannot be read."""
+        if self._tokenizer is None:
+            self._tokenizer = tokenizer_in(self.directory, self.config)
         return self._tokenizer
 
     def names(self) -> frozenset[str]:
