@@ -132,6 +132,11 @@ class AsyncLLM:
         await self.start()
         return await self._ask(lambda: self._open_llm().reset_prefix_cache())
 
+    async def update_weights(self, params: Any) -> None:
+        """Gives the live engine other parameters, between two steps, as `LLM.update_weights`."""
+        await self.start()
+        await self._ask(lambda: self._open_llm().update_weights(params))
+
     def trace(self) -> AbstractContextManager[list[StepRecord]]:
         """Records the steps, as `LLM.trace` does; the list grows while the task waits."""
         return self._open_llm().trace()

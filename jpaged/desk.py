@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 from tqdm import tqdm
 
@@ -112,6 +113,12 @@ class Desk:
         for sequence in self.engine.scheduler.abort(request_id):
             self._news[request_id] = sequence.request
 
+    def update_weights(self, params: Any) -> None:
+        """Other parameters for what is computed from now on; who has ended by then is news."""
+        self._check_stepper()
+        for sequence in self.engine.update_weights(params):
+            self._news[sequence.request.request_id] = sequence.request
+
     def close(self) -> None:
         """Gives up what still runs and refuses what comes."""
         self._closed = True
@@ -156,23 +163,25 @@ class Desk:
 
     def _advance(self) -> None:
         """One step; its news are kept until the caller they belong to takes them."""
-        self._check_open()
-        stepper, me = self._stepper, threading.get_ident()
-        if stepper not in (None, me):
-            raise RuntimeError(
-                "another thread runs a step of this LLM, which is for one thread at a time; use "
-                "AsyncLLM to serve many"
-            )
+        self._check_stepper()
         if self._news_lost:
             self._news.update(self._requests)
         self._news_lost = True
         try:
-            self._stepper = me
+            self._stepper = threading.get_ident()
             for sequence in self.recorder.run(self.engine.step):
                 self._news[sequence.request.request_id] = sequence.request
         finally:
             self._stepper = None
         self._news_lost = False
+
+    def _check_stepper(self) -> None:
+        self._check_open()
+        if self._stepper not in (None, threading.get_ident()):
+            raise RuntimeError(
+                "another thread runs a step of this LLM, which is for one thread at a time; use "
+                "AsyncLLM to serve many"
+            )
 
     def _is_taken(self, request_id: str) -> bool:
         return request_id in self._requests or request_id in self.engine.scheduler.requests

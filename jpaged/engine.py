@@ -2,7 +2,7 @@
 
 import collections
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from jpaged.beam_sequences import take_candidates
 from jpaged.beams import Candidates
 from jpaged.errors import EngineFailedError
+from jpaged.new_weights import checked_params
 from jpaged.outputs import Logprob
 from jpaged.plan import StepPlan
 from jpaged.programs import Outputs
@@ -63,6 +64,20 @@ class Engine:
             # The scheduler may have forgotten these before the exception, and nobody was told.
             rest = [row.sequence for row in plan.rows if row.sequence not in ended]
             ended += [sequence for sequence in rest if sequence.finished]
+        return ended
+
+    def update_weights(self, params: Any) -> list[Sequence]:
+        """Gives the network other parameters, for what is computed from now on.
+
+        No program is compiled. What runs goes on from its tokens so far, computed anew; steps in
+        flight are dropped, and the prefix cache is emptied: what the pool held is the old
+        parameters' work. Returns the sequences that turned out to be finished. Raises ValueError
+        or TypeError, with nothing changed, for parameters of another model.
+        """
+        checked = checked_params(params, self.runner.step.abstract_params())
+        self._in_flight.clear()
+        ended = self.scheduler.start_over()
+        self.runner.replace_params(checked)
         return ended
 
     def close(self) -> None:

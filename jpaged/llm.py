@@ -258,6 +258,24 @@ class LLM:
         """Forgets every cached prefix; False, and nothing done, while requests hold blocks."""
         return self.engine.scheduler.reset_prefix_cache()
 
+    def update_weights(self, params: Any) -> None:
+        """Gives the live engine other parameters, between two steps; nothing is compiled.
+
+        What is generated from now on is what a fresh engine with these parameters would generate;
+        requests that run keep their tokens so far, and all keys and values are computed anew. So
+        the prefix cache is empty afterwards. This is the step of a reinforcement-learning loop
+        between an optimizer's update and the next rollout.
+
+        Args:
+            params: a decoder, or nested dicts of arrays as `jpaged_models.params_of(decoder)`
+                gives them, on the host or a device. They are copied and cast to the engine's dtype.
+
+        Raises:
+            ValueError: a parameter is missing, unknown or of another shape; nothing has changed.
+            TypeError: they are no arrays, or not in dicts.
+        """
+        self._desk.update_weights(params)
+
     def close(self) -> None:
         """Deletes the device arrays and gives up what still runs. Safe to repeat."""
         self._desk.close()

@@ -11,6 +11,7 @@ from jpaged.ahead import Ahead
 from jpaged.batch import pack_batch, table_updates
 from jpaged.buckets import Bucket, Buckets
 from jpaged.config import EngineConfig
+from jpaged.new_weights import copied
 from jpaged.plan import ScheduledRow, StepPlan
 from jpaged.preparation import pack_preparations
 from jpaged.programs import (
@@ -71,6 +72,14 @@ class Runner:
         self.shape = None  # until a request needs it again
         self.swap_space = self._empty_space()  # nobody will come back for what lay there
         self.pool, self.state = self._zeros()
+
+    def replace_params(self, params: nnx.State) -> None:
+        """Takes copies of other parameters, which have been checked, in place of its own."""
+        for i, (leaf, spec) in enumerate(
+            zip(jax.tree.leaves(params), self.step.param_specs, strict=True)
+        ):
+            old, self.params[i] = self.params[i], copied(leaf, spec)
+            old.delete()  # one by one: all of both might not fit
 
     def run(self, plan: StepPlan, outputs: Outputs = Outputs.TOKENS) -> StepOutput:
         """The plan's results, still on the device. If it raises, pool and state may be gone."""

@@ -35,7 +35,7 @@ class Scheduler:
         self.requests: dict[str, Request] = {}
         self.counters = Counters()
         self._num_arrivals = 0
-        self._start_over()
+        self._free_all()
         self._torn = False
 
     @property
@@ -218,15 +218,21 @@ class Scheduler:
         return self._end(known, "error")
 
     def recover(self) -> list[Sequence]:
-        """Rebuilds everything from `requests` after an exception; the sequences found finished.
+        """Starts over after an exception, and counts it; the sequences found finished."""
+        found = self.start_over()
+        self.counters.recoveries += 1
+        return found
+
+    def start_over(self) -> list[Sequence]:
+        """Rebuilds everything from `requests`, with an empty cache; the sequences found finished.
 
         All that is unfinished waits again, with nothing computed and nothing in flight. A token
-        that was taken in is kept, and checked in case the exception came before its check.
+        that was taken in is kept, and checked in case an exception came before its check.
         """
         self._torn = True
         for plan in self._in_flight:
             self.counters.add_step(plan, self.config.block_size)
-        self._start_over()
+        self._free_all()
         found = []
         for request in list(self.requests.values()):
             if request.search is not None:
@@ -242,7 +248,6 @@ class Scheduler:
                     self.waiting.add(sequence)
             if request.finished:
                 del self.requests[request.request_id]
-        self.counters.recoveries += 1
         self._torn = False
         return found
 
@@ -255,7 +260,7 @@ class Scheduler:
         most, max_tokens = self.config.max_model_len, request.params.max_tokens
         return most if max_tokens is None else min(most, len(request.prompt_token_ids) + max_tokens)
 
-    def _start_over(self) -> None:
+    def _free_all(self) -> None:
         """Makes all that is held free, and both queues empty."""
         self._in_flight: collections.deque[StepPlan] = collections.deque()
         self._planner = Planner(self.config)

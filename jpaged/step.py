@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, DTypeLike, Float, Int32
+from jaxtyping import Array, DTypeLike, Float, Int32, PyTree
 
 from jpaged.batch import batch_spec, packed_spec, sampling_spec, unpack
 from jpaged.beams import MAX_CANDIDATES
@@ -82,6 +82,10 @@ class Step:
         self._graph, params = nnx.split(decoder)
         leaves, self._params_tree = jax.tree.flatten(params)
         self.param_specs = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+
+    def abstract_params(self) -> PyTree:
+        """The parameters' shapes and dtypes under their names; its leaves are `param_specs`."""
+        return jax.tree.unflatten(self._params_tree, self.param_specs)
 
     @property
     def param_bytes(self) -> int:

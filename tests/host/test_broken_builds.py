@@ -88,7 +88,7 @@ def copy_after_writing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def trust_a_failed_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    start_over = Scheduler._start_over
+    start_over = Scheduler._free_all
 
     def remember(self: Any) -> None:
         old = self.pool if hasattr(self, "_planner") else None
@@ -100,7 +100,7 @@ def trust_a_failed_step(monkeypatch: pytest.MonkeyPatch) -> None:
             old._cached_ids.update(dict.fromkeys(b for b in range(1, 99) if b in old.cache))
             self._planner.pool = self._planner._admission.pool = old
 
-    monkeypatch.setattr(Scheduler, "_start_over", remember)
+    monkeypatch.setattr(Scheduler, "_free_all", remember)
 
 
 def hit_what_a_step_completes(monkeypatch: pytest.MonkeyPatch) -> None:
