@@ -1,4 +1,4 @@
-"""The command line: `jpaged generate` for prompts, `jpaged demo` for a first look."""
+"""The command line: what each command does with the options that it was given."""
 
 import argparse
 import contextlib
@@ -54,7 +54,7 @@ def main(arguments: SequenceOf[str] | None = None) -> int:
     """Runs one command; its exit status."""
     args = parse(arguments)
     try:
-        {"generate": _generate, "demo": _demo, "warmup": _warm_up}[args.command](args)
+        _COMMANDS[args.command](args)
         sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
@@ -122,6 +122,54 @@ def _warm_up(args: argparse.Namespace) -> None:
             f"{llm.model_source}: {llm.stats().compiles} programs in {seconds:.1f} s, loading "
             "included; " + (f"kept in {folder}" if folder else "kept nowhere")
         )
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from jpaged.convert import convert
+
+    start = time.perf_counter()
+    options = _given(args, ["dtype", "revision"])
+    done = convert(args.source, args.directory, **options)
+    print(
+        f"{done.source}: {done.num_parameters:,} parameters in {done.dtype}, written to "
+        f"{args.directory} in {time.perf_counter() - start:.1f} s"
+    )
+
+
+def _chat(args: argparse.Namespace) -> None:
+    from jpaged import chat
+
+    params = SamplingParams(**_given(args, [f.name for f in dataclasses.fields(SamplingParams)]))
+    if params.n > 1:
+        raise ValueError(f"a conversation goes on with one answer, got n={params.n}")
+    with _open_llm(args, warm_up=False) as llm:
+        chat.run(chat.Chat(llm, params, args.system))
+
+
+def _top(args: argparse.Namespace) -> None:
+    from jpaged import top
+
+    if args.prompts_file is None:
+        prompts = [question for question, _ in DEMO_QUESTIONS] * args.rounds
+    else:
+        prompts = _prompts(args) * args.rounds
+    # Answers of all lengths, so that rows end and others start.
+    params = [
+        SamplingParams(seed=i, max_tokens=max(1, args.max_tokens * (i % 8 + 1) // 8))
+        for i in range(len(prompts))
+    ]
+    with _open_llm(args, warm_up=True) as llm:
+        top.run(llm, prompts, params, at_once=2 * llm.engine.scheduler.config.max_num_seqs)
+
+
+_COMMANDS = {
+    "generate": _generate,
+    "chat": _chat,
+    "demo": _demo,
+    "top": _top,
+    "warmup": _warm_up,
+    "convert": _convert,
+}
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:

@@ -1,4 +1,4 @@
-"""What the command line takes: the options of `jpaged generate`, `demo` and `warmup`."""
+"""What the command line takes: the commands and the options of each."""
 
 import argparse
 from collections.abc import Sequence as SequenceOf
@@ -7,9 +7,11 @@ from typing import Any
 import jpaged
 
 MAX_TOKENS = 128  # the API's 16 is for a caller who looks at the first words only
+CHAT_MAX_TOKENS = 512
 
 _MODEL_HELP = (
-    "a directory in Hugging Face's layout, a .gguf file or a hub id (SmolLM2-135M-Instruct)"
+    "a directory in Hugging Face's layout or of `jpaged convert`, a .gguf file, a hub id, or "
+    "tiny, which comes along (SmolLM2-135M-Instruct)"
 )
 
 _EXAMPLES = """\
@@ -80,7 +82,69 @@ def _parser() -> argparse.ArgumentParser:
     _add_revision(warmup)
     _add_engine(warmup)
     warmup.set_defaults(parser=warmup)
+    _add_chat(commands)
+    _add_top(commands)
+    _add_convert(commands)
     return parser
+
+
+def _add_chat(commands: Any) -> None:
+    chat = commands.add_parser(
+        "chat",
+        help="talk with a model in the terminal",
+        description="A conversation: answers appear as they are written, Ctrl-C stops only the "
+        "answer. What no longer fits the model's context is forgotten, the oldest first.",
+        allow_abbrev=False,
+    )
+    chat.add_argument("model", nargs="?", metavar="MODEL", help=_MODEL_HELP)
+    chat.add_argument("--system", metavar="TEXT", help="the system message")
+    _add_sampling(chat, max_tokens=CHAT_MAX_TOKENS)
+    _add_revision(chat)
+    _add_engine(chat)
+    chat.set_defaults(parser=chat)
+
+
+def _add_top(commands: Any) -> None:
+    top = commands.add_parser(
+        "top",
+        help="watch the pool while prompts are generated",
+        description="Draws the pool of blocks live: each sign is a block, its height what it "
+        "holds, its colour whose it is, underlined where several share it.",
+        allow_abbrev=False,
+    )
+    top.add_argument(
+        "--prompts-file", metavar="FILE", help="prompts, one a line; - reads stdin (questions)"
+    )
+    top.add_argument(
+        "--rounds", type=int, metavar="N", default=8, help="how often all prompts come (8)"
+    )
+    top.add_argument(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        default=MAX_TOKENS,
+        help="of the longest answer (128)",
+    )
+    _add_model(top)
+    _add_engine(top)
+    top.set_defaults(parser=top, prompts=[])
+
+
+def _add_convert(commands: Any) -> None:
+    convert = commands.add_parser(
+        "convert",
+        help="keep a model as an Orbax checkpoint",
+        description="Reads a model and writes it to a directory that every MODEL may name, as "
+        "Orbax keeps it: parameters in the decoder's own layout, with config and tokenizer.",
+        allow_abbrev=False,
+    )
+    convert.add_argument("source", metavar="SOURCE", help=_MODEL_HELP)
+    convert.add_argument("directory", metavar="DEST", help="a directory that is not there yet")
+    convert.add_argument("--revision", metavar="REV", help="branch, tag or commit on the hub")
+    convert.add_argument(
+        "--dtype", metavar="DTYPE", help="of the parameters (the model's; bfloat16 if quantised)"
+    )
+    convert.set_defaults(parser=convert)
 
 
 def _add_input(parser: argparse.ArgumentParser) -> None:
@@ -99,13 +163,13 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--system", metavar="TEXT", help="the system message, with --chat")
 
 
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
+def _add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int = MAX_TOKENS) -> None:
     group = parser.add_argument_group("sampling")
 
     def add(flag: str, kind: type, metavar: str, text: str, default: Any = None) -> None:
         group.add_argument(flag, type=kind, metavar=metavar, help=text, default=default)
 
-    add("--max-tokens", int, "N", f"at most so many tokens a prompt ({MAX_TOKENS})", MAX_TOKENS)
+    add("--max-tokens", int, "N", f"at most so many tokens a prompt ({max_tokens})", max_tokens)
     add("--min-tokens", int, "N", "no end before so many tokens (0)")
     add("--temperature", float, "X", "0 takes the likeliest token, higher is more random (1.0)")
     add("--top-k", int, "K", "only the K likeliest tokens (0: all)")

@@ -179,3 +179,12 @@ def test_help_loads_no_jax():
 
 def generate(directory: pathlib.Path, *arguments: str) -> int:
     return cli.main(["generate", "--model", str(directory), *SMALL, *arguments])
+
+
+def test_convert_writes_a_model_that_every_command_takes(tiny_model_dir, tmp_path, capsys):
+    dest = tmp_path / "dest"
+    assert cli.main(["convert", str(tiny_model_dir), str(dest), "--dtype", "bfloat16"]) == 0
+    assert re.search(r"[\d,]+ parameters in bfloat16, written to ", capsys.readouterr().out)
+    assert generate(dest, "the fox", "--max-tokens", "3") == 0
+    assert cli.main(["convert", str(tiny_model_dir), str(dest)]) == 2
+    assert "is not empty; name a directory that is not there yet" in capsys.readouterr().err

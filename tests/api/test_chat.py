@@ -1,0 +1,110 @@
+"""`jpaged chat`: what is remembered, what an interrupt stops, and what no longer fits."""
+
+import json
+import pathlib
+import shutil
+from collections.abc import Iterator
+
+import pytest
+
+from jpaged import LLM, SamplingParams, chat
+from jpaged.chat import Chat
+from jpaged.cli import main
+from tests.helpers import LLM_OPTIONS
+
+PARAMS = SamplingParams(max_tokens=6, ignore_eos=True, seed=1)
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_model_dir: pathlib.Path) -> Iterator[LLM]:
+    with LLM(tiny_model_dir, **LLM_OPTIONS, use_tqdm=False) as llm:
+        yield llm
+
+
+def roles(talk: Chat) -> list[str]:
+    return [message["role"] for message in talk.history]
+
+
+def test_answers_come_in_pieces_and_are_remembered(llm: LLM):
+    talk, pieces = Chat(llm, PARAMS, system="Be brief."), []
+    talk.answer("the sea", pieces.append)
+    assert len(pieces) > 1
+    assert talk.history[1] == {"role": "assistant", "content": "".join(pieces)}
+    talk.answer("the sun", pieces.append)
+    assert roles(talk) == ["user", "assistant", "user", "assistant"]
+    # The second prompt is the first one, its answer and the new question: a prefix that is known.
+    assert llm.stats().hit_rate > 0
+    talk.reset()
+    assert talk.history == []
+
+
+def test_an_interrupt_stops_the_answer_alone_and_keeps_what_was_written(llm: LLM):
+    talk, pieces = Chat(llm, PARAMS), []
+
+    def write(piece: str) -> None:
+        pieces.append(piece)
+        if len(pieces) == 2:
+            raise KeyboardInterrupt
+
+    talk.answer("the sea", write)
+    assert talk.history[-1] == {"role": "assistant", "content": "".join(pieces)}
+    assert len(pieces) == 2
+    assert not llm.has_unfinished_requests
+    assert llm.stats().blocks_used == 0
+    talk.answer("the sun", pieces.append)
+    assert roles(talk) == ["user", "assistant", "user", "assistant"]
+
+
+def test_the_oldest_is_forgotten_when_the_context_is_full(llm: LLM):
+    talk = Chat(llm, PARAMS, system="Be brief.")
+    for number in range(8):
+        talk.answer(f"question {number} of the sea and the sun", lambda _: None)
+    assert talk.history[-2]["content"].startswith("question 7")
+    assert 2 <= len(talk.history) < 16
+    assert talk.history[0]["role"] == "user"
+
+
+def test_a_question_that_does_not_fit_is_refused_and_forgotten(llm: LLM):
+    talk = Chat(llm, PARAMS)
+    talk.answer("the sea", lambda _: None)
+    with pytest.raises(ValueError, match="max_model_len"):
+        talk.answer("the sea and the sun " * 90, lambda _: None)
+    talk.answer("the sun", lambda _: None)
+    assert talk.history[-2]["content"] == "the sun"
+    assert not any("sea and" in message["content"] for message in talk.history)
+
+
+def test_the_loop_reads_until_the_end_and_knows_its_commands(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    lines = iter(["the sea", "", "/reset", "/what", "the sun " * 200, "the sun"])
+
+    def read(prompt: str) -> str:
+        assert prompt == "> "
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", read)
+    talk = Chat(llm, PARAMS)
+    chat.run(talk)
+    assert roles(talk) == ["user", "assistant"]
+    assert talk.history[0]["content"] == "the sun"
+    shown = capsys.readouterr()
+    assert talk.history[1]["content"] in shown.out
+    assert shown.err.count("Ctrl-C stops an answer") == 2
+    assert "max_model_len" in shown.err
+
+
+def test_a_model_without_a_template_knows_no_conversation(
+    tiny_model_dir: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "silent")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["chat_template"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert main(["chat", str(folder), "--num-blocks", "20"]) == 2
+    assert "has no chat template, so it knows no conversation; `jpaged" in capsys.readouterr().err
+    assert main(["chat", str(folder), "--n", "2"]) == 2
+    assert "goes on with one answer, got n=2" in capsys.readouterr().err
