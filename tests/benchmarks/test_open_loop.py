@@ -12,7 +12,7 @@ from benchmarks.open_loop import Progress, replay
 from benchmarks.paged_server import PagedServer
 from benchmarks.random_checkpoint import TINY, write_checkpoint
 from benchmarks.unpaged_server import Refill, UnpagedServer
-from jpaged_models import open_checkpoint
+from jpaged_models import open_named_tensors
 from tests.helpers import llm_over, make_prompt, tiny_engine
 
 
@@ -111,7 +111,7 @@ def requests() -> list[Arrival]:
 
 @pytest.mark.parametrize("refill", Refill)
 def test_the_unpaged_server_gives_the_tokens_of_the_offline_baseline(refill, tmp_path):
-    checkpoint = open_checkpoint(write_checkpoint(tmp_path, TINY, seed=3))
+    checkpoint = open_named_tensors(write_checkpoint(tmp_path, TINY, seed=3))
     params = baseline_model.load_params(checkpoint)
     baseline = Baseline(checkpoint.config, params, num_rows=3, reserved=47)
     arrivals = requests()
@@ -122,7 +122,7 @@ def test_the_unpaged_server_gives_the_tokens_of_the_offline_baseline(refill, tmp
 
 
 def test_a_static_batch_ends_with_its_last_row_and_a_refilled_one_does_not(tmp_path):
-    checkpoint = open_checkpoint(write_checkpoint(tmp_path, TINY, seed=3))
+    checkpoint = open_named_tensors(write_checkpoint(tmp_path, TINY, seed=3))
     params = baseline_model.load_params(checkpoint)
     baseline = Baseline(checkpoint.config, params, num_rows=2, reserved=47)
     steps = {}
@@ -139,7 +139,7 @@ def test_a_static_batch_ends_with_its_last_row_and_a_refilled_one_does_not(tmp_p
 
 
 def test_a_prompt_longer_than_a_row_is_refused_when_it_comes(tmp_path):
-    checkpoint = open_checkpoint(write_checkpoint(tmp_path, TINY, seed=3))
+    checkpoint = open_named_tensors(write_checkpoint(tmp_path, TINY, seed=3))
     baseline = Baseline(
         checkpoint.config, baseline_model.load_params(checkpoint), num_rows=1, reserved=20
     )
