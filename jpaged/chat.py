@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from jpaged.errors import JpagedError
 from jpaged.llm import LLM
 from jpaged.params import SamplingParams
 
@@ -38,6 +39,7 @@ class Chat:
         What was written when somebody interrupts is remembered too, the interrupt ends here. What
         is refused, or fails, leaves the history as it was.
         """
+        before = list(self.history)
         self.history.append(_message("user", text))
         pieces: list[str] = []
         try:
@@ -51,7 +53,7 @@ class Chat:
         except KeyboardInterrupt:
             pass
         except BaseException:
-            self.history.pop()
+            self.history = before
             raise
         self.history.append(_message("assistant", "".join(pieces)))
 
@@ -75,9 +77,10 @@ def run(chat: Chat) -> None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - what makes input() know arrows and history
     print(HELP, file=sys.stderr)
+    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     while True:
         try:
-            text = input(PROMPT).strip()
+            text = input(PROMPT if is_terminal else "").strip()
         except (EOFError, KeyboardInterrupt):
             print(file=sys.stderr)
             return
@@ -94,7 +97,7 @@ def run(chat: Chat) -> None:
 def _answer(chat: Chat, text: str) -> None:
     try:
         chat.answer(text, lambda piece: print(piece, end="", flush=True))
-    except ValueError as error:  # a question that is too long, say
+    except (ValueError, TypeError, JpagedError) as error:  # it is too long, say
         print(f"jpaged: {error}", file=sys.stderr)
     print()
 

@@ -140,8 +140,11 @@ def _chat(args: argparse.Namespace) -> None:
     from jpaged import chat
 
     params = SamplingParams(**_given(args, [f.name for f in dataclasses.fields(SamplingParams)]))
-    if params.n > 1:
-        raise ValueError(f"a conversation goes on with one answer, got n={params.n}")
+    for name in ("n", "best_of", "logprobs"):
+        if getattr(params, name) not in (None, 1):
+            raise ValueError(
+                f"a conversation goes on with one answer, shown as text; leave out --{name}"
+            )
     with _open_llm(args, warm_up=False) as llm:
         chat.run(chat.Chat(llm, params, args.system))
 
@@ -149,6 +152,9 @@ def _chat(args: argparse.Namespace) -> None:
 def _top(args: argparse.Namespace) -> None:
     from jpaged import top
 
+    for name in ("rounds", "max_tokens"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(args, name)}")
     if args.prompts_file is None:
         prompts = [question for question, _ in DEMO_QUESTIONS] * args.rounds
     else:
@@ -159,7 +165,9 @@ def _top(args: argparse.Namespace) -> None:
         for i in range(len(prompts))
     ]
     with _open_llm(args, warm_up=True) as llm:
-        top.run(llm, prompts, params, at_once=2 * llm.engine.scheduler.config.max_num_seqs)
+        limits = llm.engine.scheduler.config
+        at_once = min(2 * limits.max_num_seqs, limits.max_waiting)
+        top.run(llm, prompts, params, at_once=at_once)
 
 
 _COMMANDS = {

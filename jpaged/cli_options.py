@@ -9,9 +9,10 @@ import jpaged
 MAX_TOKENS = 128  # the API's 16 is for a caller who looks at the first words only
 CHAT_MAX_TOKENS = 512
 
+_DEFAULT = "by default SmolLM2-135M-Instruct"
 _MODEL_HELP = (
     "a directory in Hugging Face's layout or of `jpaged convert`, a .gguf file, a hub id, or "
-    "tiny, which comes along (SmolLM2-135M-Instruct)"
+    "tiny, a small model that comes along"
 )
 
 _EXAMPLES = """\
@@ -78,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         "below, on the device and on the versions of JAX and jpaged.",
         allow_abbrev=False,
     )
-    warmup.add_argument("model", nargs="?", metavar="MODEL", help=_MODEL_HELP)
+    warmup.add_argument("model", nargs="?", metavar="MODEL", help=f"{_MODEL_HELP} ({_DEFAULT})")
     _add_revision(warmup)
     _add_engine(warmup)
     warmup.set_defaults(parser=warmup)
@@ -96,7 +97,7 @@ def _add_chat(commands: Any) -> None:
         "answer. What no longer fits the model's context is forgotten, the oldest first.",
         allow_abbrev=False,
     )
-    chat.add_argument("model", nargs="?", metavar="MODEL", help=_MODEL_HELP)
+    chat.add_argument("model", nargs="?", metavar="MODEL", help=f"{_MODEL_HELP} ({_DEFAULT})")
     chat.add_argument("--system", metavar="TEXT", help="the system message")
     _add_sampling(chat, max_tokens=CHAT_MAX_TOKENS)
     _add_revision(chat)
@@ -210,7 +211,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--model", metavar="MODEL", help=_MODEL_HELP)
+    group.add_argument("--model", metavar="MODEL", help=f"{_MODEL_HELP} ({_DEFAULT})")
     _add_revision(group)
 
 
@@ -255,5 +256,5 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         "--attention-backend",
         str,
         "NAME",
-        "auto, cpu, xla, reference, pallas-tpu or pallas-gpu (auto)",
+        "auto, cpu, xla, reference, pallas-tpu, pallas-gpu or mosaic-gpu (auto)",
     )

@@ -116,7 +116,14 @@ class Desk:
     def update_weights(self, params: Any) -> None:
         """Other parameters for what is computed from now on; who has ended by then is news."""
         self._check_stepper()
-        for sequence in self.engine.update_weights(params):
+        if self._stepper is not None:  # this very thread, in a signal's handler say
+            raise RuntimeError("a step is under way; call update_weights between two of them")
+        try:
+            self._stepper = threading.get_ident()
+            ended = self.engine.update_weights(params)
+        finally:
+            self._stepper = None
+        for sequence in ended:
             self._news[sequence.request.request_id] = sequence.request
 
     def close(self) -> None:

@@ -75,10 +75,9 @@ class Engine:
         or TypeError, with nothing changed, for parameters of another model.
         """
         checked = checked_params(params, self.runner.step.abstract_params())
-        self._in_flight.clear()
-        ended = self.scheduler.start_over()
         self.runner.replace_params(checked)
-        return ended
+        self._in_flight.clear()
+        return self.scheduler.start_over()
 
     def close(self) -> None:
         """Deletes the device arrays at once, whoever still refers to them."""

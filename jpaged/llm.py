@@ -37,8 +37,9 @@ class LLM:
     """A language model over a paged KV pool. For one thread; `AsyncLLM` serves many callers.
 
     Args:
-        model: a directory in Hugging Face's layout, a .gguf file or a hub id; by default
-            SmolLM2-135M-Instruct, from its data package where that is installed.
+        model: a directory in Hugging Face's layout or of `jpaged convert`, a .gguf file, a hub id,
+            or "tiny", a small model that comes along; by default SmolLM2-135M-Instruct, from its
+            data package where that is installed.
         revision: a branch, tag or commit on the hub.
         dtype: "float32", "bfloat16", "float16", or "auto": float32 on a CPU, else the
             checkpoint's (bfloat16 for a quantised file, float16 where a GPU has no bfloat16).
@@ -271,7 +272,8 @@ class LLM:
                 gives them, on the host or a device. They are copied and cast to the engine's dtype.
 
         Raises:
-            ValueError: a parameter is missing, unknown or of another shape; nothing has changed.
+            ValueError: a parameter is missing, unknown, deleted or of another shape; nothing has
+                changed.
             TypeError: they are no arrays, or not in dicts.
         """
         self._desk.update_weights(params)

@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
+from jpaged.devices import first_device
 from jpaged_models import Decoder, params_of
 
 
@@ -21,7 +22,7 @@ def checked_params(params: Any, abstract: nnx.State) -> nnx.State:
         abstract: what the engine's programs take.
 
     Raises:
-        ValueError: a parameter is missing, unknown or of another shape.
+        ValueError: a parameter is missing, unknown, deleted or of another shape.
         TypeError: it is no such thing.
     """
     if isinstance(params, nnx.Module):
@@ -40,7 +41,8 @@ def copied(param: Any, spec: jax.ShapeDtypeStruct) -> Array:
 
     The caller may go on training with what it passed, and donate it.
     """
-    return jnp.array(param, dtype=spec.dtype, copy=True)
+    own = jnp.array(param, dtype=spec.dtype, copy=True)  # where it lay, on a mesh perhaps
+    return jax.device_put(own, jax.sharding.SingleDeviceSharding(first_device()))
 
 
 def _checked(wanted: dict, given: Mapping, path: str) -> dict:
@@ -62,6 +64,11 @@ def _checked(wanted: dict, given: Mapping, path: str) -> dict:
             continue
         if not isinstance(value, jax.Array | np.ndarray):
             raise TypeError(f"params{where} must be an array, got {type(value).__name__}")
+        if isinstance(value, jax.Array) and value.is_deleted():
+            raise ValueError(
+                f"params{where} was deleted, as a training step that is given it may do; pass the "
+                "parameters that it gave back"
+            )
         if value.shape != spec.shape:
             raise ValueError(
                 f"params{where} must have the shape {spec.shape}, got {value.shape}; "

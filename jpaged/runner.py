@@ -61,6 +61,7 @@ class Runner:
         self.programs: dict[Program, jax.stages.Compiled] = dict(programs or {})
         self.shape: LogitShape | None = None
         self.lazy_compiles = 0
+        self._is_mixed = False
         self._zeros = self.compile(Zeros())
         self.pool, self.state = self._zeros()
         self.swap_space = self._empty_space()
@@ -74,15 +75,22 @@ class Runner:
         self.pool, self.state = self._zeros()
 
     def replace_params(self, params: nnx.State) -> None:
-        """Takes copies of other parameters, which have been checked, in place of its own."""
+        """Takes copies of other parameters, which have been checked, in place of its own.
+
+        Whatever ends it early, no step runs until it is done again: half of them are the old ones.
+        """
+        self._is_mixed = True
         for i, (leaf, spec) in enumerate(
             zip(jax.tree.leaves(params), self.step.param_specs, strict=True)
         ):
             old, self.params[i] = self.params[i], copied(leaf, spec)
             old.delete()  # one by one: all of both might not fit
+        self._is_mixed = False
 
     def run(self, plan: StepPlan, outputs: Outputs = Outputs.TOKENS) -> StepOutput:
         """The plan's results, still on the device. If it raises, pool and state may be gone."""
+        if self._is_mixed:
+            raise RuntimeError("update_weights was cut short; call it again, to its end")
         bucket = self.buckets.fit(plan)
         updates = table_updates(plan)
         num_own = bucket.num_table_updates(self.config.block_size)

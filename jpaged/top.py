@@ -90,7 +90,7 @@ def _sequences(snapshot: Snapshot) -> Table:
             Text(marks.letter(one.row), style=marks.color(one.row)),
             str(one.num_computed_tokens),
             str(len(one.block_ids)),
-            marks.words(one, 60),
+            Text(marks.words(one, 60)),
         )
     left_out = len(snapshot.tables) - MAX_ROWS
     if left_out > 0:

@@ -22,10 +22,11 @@ def matrix_product(
     Sums are float32 and stored as `dtype`. On a CPU XLA packs a bfloat16 matrix anew in each call,
     and a row that is alone has it convert all of it to float32 (JAX 0.10 to 0.12). There
     `matrix_product.cc` and `row_product.cc` multiply; where one is missing, XLA does, and a row of
-    zeros goes with one that is alone.
+    zeros goes with one that is alone. Gradients are reverse-mode alone where they multiply.
     """
     by_xla = functools.partial(_by_xla, is_transposed=is_transposed, dtype=dtype)
-    if x.dtype != jnp.bfloat16 or not _is_compiled(len(x)):
+    is_narrow = x.dtype == matrix.dtype == jnp.bfloat16
+    if not is_narrow or not matrix.size or not _is_compiled(len(x)):
         return by_xla(x, matrix)
     ours = jax.custom_vjp(
         functools.partial(cpu.matrix_product, is_transposed=is_transposed, dtype=dtype)

@@ -1,7 +1,7 @@
 """The networks: decoder definitions and the loading of their weights and tokenizers."""
 
 from jpaged_models.chat_template import ChatTemplate
-from jpaged_models.config import ModelConfig, config_from_hf
+from jpaged_models.config import DTYPES, ModelConfig, config_from_hf
 from jpaged_models.context import Phase, Pools, StepContext
 from jpaged_models.registry import (
     FAMILIES,
@@ -25,6 +25,7 @@ from jpaged_models.weights import (
 
 __all__ = [
     "DEFAULT_MODEL",
+    "DTYPES",
     "FAMILIES",
     "TINY",
     "ChatTemplate",

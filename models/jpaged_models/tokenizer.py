@@ -100,18 +100,21 @@ def save_tokenizer(tokenizer: Tokenizer, directory: pathlib.Path) -> None:
     tokenizer.backend.save(str(directory / TOKENIZER_FILE))
     template = tokenizer.chat_template
     special = dict(template.special_tokens) if template else {}
-    # The last of the ids that end a text is the tokenizer's own, those before it the config's.
+    # The last of the ids that end a text is the tokenizer's own, if the config does not have it
+    # too; a template knows which one it is.
     eos = tokenizer.eos_token_ids[-1] if tokenizer.eos_token_ids else None
     own = {"bos_token": tokenizer.bos_token_id, "eos_token": eos}
     for name, token_id in own.items():
         token = None if token_id is None else tokenizer.backend.id_to_token(token_id)
         if token is not None:
-            special[name] = token
+            special.setdefault(name, token)
     (directory / "tokenizer_config.json").write_text(
         json.dumps(special, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
     )
     for name, source in (template.sources if template else {}).items():
         path = directory / "chat_template.jinja"
+        if pathlib.PurePath(name).name != name:
+            raise ValueError(f"a chat template's name must be that of a file, got {name!r}")
         if name != "default":
             path = directory / "additional_chat_templates" / f"{name}.jinja"
             path.parent.mkdir(exist_ok=True)

@@ -18,7 +18,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
 
 import jax
 import jax.numpy as jnp
@@ -109,8 +109,10 @@ def train(
 ) -> Iterator[tuple[int, float]]:
     """Trains `model` in place; after each step its number, from 1 on, and its loss in nats.
 
+    A folder that has more steps than `config.steps` is refused with a ValueError.
+
     Args:
-        model: its parameters are replaced as training goes on.
+        model: its parameters are replaced as training goes on, and those it had are deleted.
         tokens: the text; each step takes pieces of it that `config.seed` and its number decide.
         config: how long, how fast, in which pieces.
         folder: where the state is kept and found again; None keeps nothing.
@@ -121,19 +123,23 @@ def train(
     manager = None if folder is None else _manager(folder, config)
     first = 0
     if manager is not None and (last := manager.latest_step()) is not None:
+        if last > config.steps:
+            raise ValueError(f"{folder} has {last} steps, and only {config.steps} are wanted")
         state, first = _restore(manager, last, state), last
     step = jax.jit(
         functools.partial(_step, graph, rest, optimizer, jnp.dtype(config.dtype)), donate_argnums=0
     )
-    for number in range(first + 1, config.steps + 1):
-        state, loss = step(state, _pieces(tokens, config, number))
-        nnx.update(model, state.params)
-        if manager is not None:
-            _save(manager, number, state)
-        yield number, float(loss)
-    if manager is not None:
-        manager.close()
     nnx.update(model, state.params)
+    try:
+        for number in range(first + 1, config.steps + 1):
+            state, loss = step(state, _pieces(tokens, config, number))
+            nnx.update(model, state.params)
+            if manager is not None:
+                _save(manager, number, state, is_last=number == config.steps)
+            yield number, float(loss)
+    finally:
+        if manager is not None:
+            manager.close()
 
 
 def held_out_loss(
@@ -211,10 +217,12 @@ def _manager(folder: pathlib.Path, config: TrainConfig) -> "ocp.CheckpointManage
     return ocp.CheckpointManager(folder.absolute(), options=options)
 
 
-def _save(manager: "ocp.CheckpointManager", number: int, state: TrainState) -> None:
+def _save(
+    manager: "ocp.CheckpointManager", number: int, state: TrainState, *, is_last: bool
+) -> None:
     import orbax.checkpoint as ocp
 
-    manager.save(number, args=ocp.args.StandardSave(_plain(state)))
+    manager.save(number, args=ocp.args.StandardSave(_plain(state)), force=is_last)
 
 
 def _restore(manager: "ocp.CheckpointManager", number: int, like: TrainState) -> TrainState:
@@ -232,13 +240,16 @@ def _plain(state: TrainState) -> list[Array]:
 def main() -> None:
     """Trains what the command line names."""
     options = _options()
+    if (options.out / "model").exists():
+        _refuse(f"{options.out / 'model'} is there already; name another --out")
+    if options.steps < 1:
+        _refuse(f"--steps must be at least 1, got {options.steps}")
+    if missing := [str(path) for path in options.texts if not path.is_file()]:
+        _refuse(f"there is no file {', '.join(missing)}")
     text = END.join(path.read_text(encoding="utf-8") for path in options.texts)
     if len(text) < HELD_OUT * PIECE:
         names = ", ".join(map(str, options.texts))
-        sys.stderr.write(
-            f"{names}: expected at least {HELD_OUT * PIECE:,} characters, got {len(text):,}\n"
-        )
-        sys.exit(2)
+        _refuse(f"{names}: expected at least {HELD_OUT * PIECE:,} characters, got {len(text):,}")
     trained, held_out = _parted(text)
     tokenizer = train_tokenizer(trained, vocab_size=options.vocab_size)
     tokens, unseen = (_encode(tokenizer, part) for part in (trained, [held_out]))
@@ -259,6 +270,11 @@ def main() -> None:
     print(
         f"held out: {found.nats_per_token:.3f} nats a token, {found.bits_per_byte:.3f} bits a byte"
     )
+
+
+def _refuse(why: str) -> NoReturn:
+    sys.stderr.write(f"jpaged_models.train: {why}\n")
+    sys.exit(2)
 
 
 def _parted(text: str) -> tuple[list[str], str]:

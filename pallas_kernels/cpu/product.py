@@ -1,6 +1,7 @@
 """Products in bfloat16 on a CPU: `row_product.cc` and `matrix_product.cc` as JAX functions."""
 
 import functools
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -9,22 +10,29 @@ from jaxtyping import Array, BFloat16, DTypeLike, Float
 
 from pallas_kernels.cpu.build import BuildError, library, processor
 
+logger = logging.getLogger(__name__)
 _INSTRUCTIONS = "avx512_bf16"  # of matrix_product.cc
 
 
 def register(num_rows: int) -> str:
     """The name by which XLA knows the product of so many rows. Raises BuildError."""
-    if num_rows == 1:
-        return _register("row_product")
-    if _INSTRUCTIONS not in processor().split():
+    if num_rows > 1 and _INSTRUCTIONS not in processor().split():
         raise BuildError(f"this processor has no {_INSTRUCTIONS}")
-    return _register("matrix_product")
+    found = _registered("row_product" if num_rows == 1 else "matrix_product")
+    if isinstance(found, BuildError):
+        raise found
+    return found
 
 
 @functools.cache
-def _register(name: str) -> str:
+def _registered(name: str) -> str | BuildError:
+    """Its target, or why there is none, which is said once and not asked again at each trace."""
     target = f"jpaged_{name}"
-    handler = jax.ffi.pycapsule(getattr(library(f"{name}.cc"), target))
+    try:
+        handler = jax.ffi.pycapsule(getattr(library(f"{name}.cc"), target))
+    except BuildError as error:
+        logger.warning("bfloat16 products by xla, %s.cc is missing: %s", name, error)
+        return error
     jax.ffi.register_ffi_target(target, handler, platform="cpu")
     return target
 

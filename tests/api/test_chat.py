@@ -72,6 +72,7 @@ def test_a_question_that_does_not_fit_is_refused_and_forgotten(llm: LLM):
     talk.answer("the sun", lambda _: None)
     assert talk.history[-2]["content"] == "the sun"
     assert not any("sea and" in message["content"] for message in talk.history)
+    assert talk.history[0]["content"] == "the sea", "what came before the refused one is kept"
 
 
 def test_the_loop_reads_until_the_end_and_knows_its_commands(
@@ -80,7 +81,7 @@ def test_the_loop_reads_until_the_end_and_knows_its_commands(
     lines = iter(["the sea", "", "/reset", "/what", "the sun " * 200, "the sun"])
 
     def read(prompt: str) -> str:
-        assert prompt == "> "
+        assert prompt == "", "what is piped to a file is answers alone"
         try:
             return next(lines)
         except StopIteration:
@@ -107,4 +108,4 @@ def test_a_model_without_a_template_knows_no_conversation(
     assert main(["chat", str(folder), "--num-blocks", "20"]) == 2
     assert "has no chat template, so it knows no conversation; `jpaged" in capsys.readouterr().err
     assert main(["chat", str(folder), "--n", "2"]) == 2
-    assert "goes on with one answer, got n=2" in capsys.readouterr().err
+    assert "goes on with one answer, shown as text; leave out --n" in capsys.readouterr().err

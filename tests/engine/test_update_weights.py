@@ -11,7 +11,7 @@ import optax
 import pytest
 from flax import nnx
 
-from jpaged import LLM, AsyncLLM, SamplingParams
+from jpaged import LLM, AsyncLLM, EngineFailedError, SamplingParams, runner
 from jpaged_models import load_decoder, open_checkpoint, params_of
 from jpaged_models.dense import dense_logits
 from tests.models.tiny_files import V, llama_tensors, write_directory
@@ -189,3 +189,33 @@ def test_an_async_llm_takes_them_between_its_steps(folders: list[pathlib.Path]):
             return found
 
     assert asyncio.run(run()) == expected
+
+
+def test_deleted_parameters_are_refused_and_half_an_update_serves_nothing(
+    folders: list[pathlib.Path], monkeypatch: pytest.MonkeyPatch
+):
+    params = params_in(folders[1])
+    expected = fresh_answers(folders[1])
+    with LLM(folders[0], **OPTIONS) as llm:
+        before = answers(llm)
+        given_away = params_in(folders[1])
+        given_away["norm"]["weight"].delete()
+        with pytest.raises(ValueError, match=r"\['norm'\]\['weight'\] was deleted, as a training"):
+            llm.update_weights(given_away)
+        assert answers(llm) == before
+        copied, done = runner.copied, []
+
+        def interrupted(*args: Any) -> jax.Array:
+            done.append(args)
+            if len(done) == 3:
+                raise KeyboardInterrupt
+            return copied(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(runner, "copied", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                llm.update_weights(params)
+        with pytest.raises(EngineFailedError, match="update_weights was cut short; call it again"):
+            answers(llm)
+        llm.update_weights(params)
+        assert answers(llm) == expected

@@ -1,5 +1,6 @@
 """Checkpoints that Orbax keeps: what comes back, what is refused, and the one that comes along."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -92,6 +93,15 @@ def test_a_tokenizer_with_its_templates_and_ends_goes_with_it(tmp_path: pathlib.
     assert found.chat_template.render([{"role": "user", "content": "no"}]) == "no!"
 
 
+def test_a_template_is_written_beside_the_others_or_not_at_all(tmp_path: pathlib.Path):
+    made = train_tokenizer(["a b"], vocab_size=260)
+    sources = {"default": "a", "../../evil": "b"}
+    tokenizer = dataclasses.replace(made, chat_template=ChatTemplate(sources=sources))
+    with pytest.raises(ValueError, match=r"name must be that of a file, got '\.\./\.\./evil'"):
+        saved(tmp_path / "here" / "model", tiny_config(), tokenizer)
+    assert [path.name for path in tmp_path.rglob("*")] == ["here"]
+
+
 def test_nothing_is_written_over(tmp_path: pathlib.Path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "mine").write_text("")
@@ -128,6 +138,15 @@ def test_a_config_of_another_model_or_kind_is_refused(tmp_path: pathlib.Path):
         open_named_tensors(TINY)
 
 
+def test_what_tiny_and_dtypes_do_not_take_is_refused_before_anything_is_read(
+    tmp_path: pathlib.Path,
+):
+    with pytest.raises(ValueError, match="revision is for hub ids; 'tiny' comes with jpaged"):
+        open_checkpoint(TINY, revision="v2")
+    with pytest.raises(ValueError, match=r"dtype must be one of auto, float32, .*, got 'int8'"):
+        convert("nowhere", tmp_path / "dest", dtype="int8")
+
+
 def test_convert_keeps_what_a_directory_of_hugging_faces_holds(tmp_path: pathlib.Path):
     source = write_directory(tmp_path / "source", llama_tensors(), torch_dtype="bfloat16")
     done = convert(source, tmp_path / "dest")
@@ -149,3 +168,12 @@ def test_tiny_is_small_whole_and_names_no_folder_of_whoever_made_it():
     assert sum(path.stat().st_size for path in files) < 8_000_000
     for path in files:
         assert not re.search(rb"/(tmp|home|root|work|Users)/", path.read_bytes()), path.name
+
+
+def test_a_copy_that_lacks_orbaxs_files_is_said_to_be_incomplete(tmp_path: pathlib.Path):
+    saved(tmp_path / "model", tiny_config())
+    for path in (tmp_path / "model" / "params").rglob("*"):
+        if path.is_file():
+            path.unlink()
+    with pytest.raises(ValueError, match="is the copy complete"):
+        load_decoder(open_checkpoint(tmp_path / "model"), dtype=jnp.float32)

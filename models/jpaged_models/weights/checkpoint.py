@@ -68,6 +68,8 @@ def open_checkpoint(model: str | os.PathLike | None, *, revision: str | None = N
         raise TypeError(f"model must be a path, a hub id or None, got {type(model).__name__}")
     if not str(model):
         raise ValueError("model is an empty string; pass a directory, a .gguf file or a hub id")
+    if model == TINY and revision is not None:
+        raise ValueError(f"revision is for hub ids; {TINY!r} comes with jpaged")
     if model == TINY:
         return OrbaxCheckpoint(TINY_DIRECTORY, source="tiny, which comes with jpaged")
     path = pathlib.Path(model).expanduser()

@@ -8,6 +8,7 @@ tokenizer.json, tokenizer_config.json, chat_template.jinja    where the model ha
 import dataclasses
 import json
 import logging
+import os
 import pathlib
 import tempfile
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,8 @@ class OrbaxCheckpoint:
         wanted = _with_text_keys(jax.tree.map(_placed, abstract))
         checkpointer = _checkpointer()
         saved: Any = checkpointer.metadata(path)
+        if saved.item_metadata is None:
+            raise ValueError(f"{path} is no checkpoint of Orbax; is the copy complete?")
         self._check(_shapes(wanted), _shapes(saved.item_metadata))
         return _with_keys_of(abstract, checkpointer.restore(path, wanted))
 
@@ -71,7 +74,7 @@ class OrbaxCheckpoint:
 
 
 def save_checkpoint(
-    directory: pathlib.Path, params: dict, config: ModelConfig, tokenizer: Tokenizer | None
+    directory: str | os.PathLike, params: dict, config: ModelConfig, tokenizer: Tokenizer | None
 ) -> None:
     """Writes a model that `LLM(directory)` loads; all of it or nothing.
 
@@ -84,6 +87,7 @@ def save_checkpoint(
     Raises:
         ValueError: there is something in `directory`.
     """
+    directory = pathlib.Path(directory).expanduser().resolve()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"{directory} is not empty; name a directory that is not there yet")
     directory.parent.mkdir(parents=True, exist_ok=True)
