@@ -140,11 +140,6 @@ def _chat(args: argparse.Namespace) -> None:
     from jpaged import chat
 
     params = SamplingParams(**_given(args, [f.name for f in dataclasses.fields(SamplingParams)]))
-    for name in ("n", "best_of", "logprobs"):
-        if getattr(params, name) not in (None, 1):
-            raise ValueError(
-                f"a conversation goes on with one answer, shown as text; leave out --{name}"
-            )
     with _open_llm(args, warm_up=False) as llm:
         chat.run(chat.Chat(llm, params, args.system))
 

@@ -180,9 +180,6 @@ def _add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int = MAX_TOKE
     add("--presence-penalty", float, "X", "of tokens generated already, -2 to 2 (0)")
     add("--frequency-penalty", float, "X", "for each time one was, -2 to 2 (0)")
     add("--repetition-penalty", float, "X", "of tokens in prompt and answer, above 1 (1.0)")
-    add("--n", int, "N", "answers a prompt (1)")
-    add("--best-of", int, "N", "generate N answers a prompt, show the likeliest --n")
-    add("--logprobs", int, "K", "log-probabilities of each token and the K likeliest; with --json")
     group.add_argument(
         "--stop",
         action="append",
@@ -196,6 +193,13 @@ def _add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int = MAX_TOKE
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
+
+    def add(flag: str, metavar: str, text: str) -> None:
+        group.add_argument(flag, type=int, metavar=metavar, help=text)
+
+    add("--n", "N", "answers a prompt (1)")
+    add("--best-of", "N", "generate N answers a prompt, show the likeliest --n")
+    add("--logprobs", "K", "log-probabilities of each token and the K likeliest; with --json")
     how = group.add_mutually_exclusive_group()
     how.add_argument(
         "--stream", action="store_true", help="print text as it comes (one prompt, --n 1)"

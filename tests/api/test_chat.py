@@ -107,5 +107,10 @@ def test_a_model_without_a_template_knows_no_conversation(
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     assert main(["chat", str(folder), "--num-blocks", "20"]) == 2
     assert "has no chat template, so it knows no conversation; `jpaged" in capsys.readouterr().err
-    assert main(["chat", str(folder), "--n", "2"]) == 2
-    assert "goes on with one answer, shown as text; leave out --n" in capsys.readouterr().err
+
+
+def test_options_of_many_answers_are_unknown_to_it(capsys: pytest.CaptureFixture[str]):
+    for flag in ("--n=2", "--best-of=3", "--logprobs=1", "--json"):
+        with pytest.raises(SystemExit):
+            main(["chat", flag])
+        assert f"unrecognized arguments: {flag}" in capsys.readouterr().err
