@@ -70,7 +70,7 @@ def main(arguments: SequenceOf[str] | None = None) -> int:
 
 def _generate(args: argparse.Namespace) -> None:
     prompts = _prompts(args)
-    params = SamplingParams(**_given(args, [f.name for f in dataclasses.fields(SamplingParams)]))
+    params = _params(args)
     if args.system is not None and not args.chat:
         raise ValueError("--system is a message of a conversation, so it needs --chat")
     if args.logprobs is not None and not args.json:
@@ -139,7 +139,7 @@ def _convert(args: argparse.Namespace) -> None:
 def _chat(args: argparse.Namespace) -> None:
     from jpaged import chat
 
-    params = SamplingParams(**_given(args, [f.name for f in dataclasses.fields(SamplingParams)]))
+    params = _params(args)
     with _open_llm(args, warm_up=False) as llm:
         chat.run(chat.Chat(llm, params, args.system))
 
@@ -198,6 +198,10 @@ def _read(path: pathlib.Path) -> str:
         raise ValueError(
             f"{path} is not text in UTF-8 (byte {error.start}: {error.reason}); save it as UTF-8"
         ) from error
+
+
+def _params(args: argparse.Namespace) -> SamplingParams:
+    return SamplingParams(**_given(args, [f.name for f in dataclasses.fields(SamplingParams)]))
 
 
 def _given(args: argparse.Namespace, names: SequenceOf[str]) -> dict[str, Any]:

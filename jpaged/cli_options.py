@@ -9,11 +9,11 @@ import jpaged
 MAX_TOKENS = 128  # the API's 16 is for a caller who looks at the first words only
 CHAT_MAX_TOKENS = 512
 
-_DEFAULT = "by default SmolLM2-135M-Instruct"
-_MODEL_HELP = (
+_SOURCE_HELP = (
     "a directory in Hugging Face's layout or of `jpaged convert`, a .gguf file, a hub id, or "
     "tiny, a small model that comes along"
 )
+_MODEL_HELP = f"{_SOURCE_HELP} (by default SmolLM2-135M-Instruct)"
 
 _EXAMPLES = """\
 examples:
@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         "below, on the device and on the versions of JAX and jpaged.",
         allow_abbrev=False,
     )
-    warmup.add_argument("model", nargs="?", metavar="MODEL", help=f"{_MODEL_HELP} ({_DEFAULT})")
+    warmup.add_argument("model", nargs="?", metavar="MODEL", help=_MODEL_HELP)
     _add_revision(warmup)
     _add_engine(warmup)
     warmup.set_defaults(parser=warmup)
@@ -97,7 +97,7 @@ def _add_chat(commands: Any) -> None:
         "answer. What no longer fits the model's context is forgotten, the oldest first.",
         allow_abbrev=False,
     )
-    chat.add_argument("model", nargs="?", metavar="MODEL", help=f"{_MODEL_HELP} ({_DEFAULT})")
+    chat.add_argument("model", nargs="?", metavar="MODEL", help=_MODEL_HELP)
     chat.add_argument("--system", metavar="TEXT", help="the system message")
     _add_sampling(chat, max_tokens=CHAT_MAX_TOKENS)
     _add_revision(chat)
@@ -124,7 +124,7 @@ def _add_top(commands: Any) -> None:
         type=int,
         metavar="N",
         default=MAX_TOKENS,
-        help="of the longest answer (128)",
+        help=f"of the longest answer ({MAX_TOKENS})",
     )
     _add_model(top)
     _add_engine(top)
@@ -139,7 +139,7 @@ def _add_convert(commands: Any) -> None:
         "Orbax keeps it: parameters in the decoder's own layout, with config and tokenizer.",
         allow_abbrev=False,
     )
-    convert.add_argument("source", metavar="SOURCE", help=_MODEL_HELP)
+    convert.add_argument("source", metavar="SOURCE", help=_SOURCE_HELP)
     convert.add_argument("directory", metavar="DEST", help="a directory that is not there yet")
     convert.add_argument("--revision", metavar="REV", help="branch, tag or commit on the hub")
     convert.add_argument(
@@ -215,7 +215,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--model", metavar="MODEL", help=f"{_MODEL_HELP} ({_DEFAULT})")
+    group.add_argument("--model", metavar="MODEL", help=_MODEL_HELP)
     _add_revision(group)
 
 

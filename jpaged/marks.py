@@ -10,6 +10,8 @@ from jpaged.snapshot import BlockKind, BlockState, Snapshot, TableState
 
 # Okabe and Ito's colours, which colour-blind people can tell apart; black is kept for words.
 COLORS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#F0E442", "#D55E00")
+SIGNS = {BlockKind.NULL: "x", BlockKind.FREE: "·", BlockKind.CACHED: "~"}
+LEVELS = " ▁▂▃▄▅▆▇█"  # of a block in use, from empty to full
 NUM_TEXTURES = 3  # plain, striped, dotted: beyond 21 sequences the letters alone tell them apart
 MAX_CELLS = 400  # a page's worth; what is beyond it is counted
 MAX_TABLES = 64
@@ -121,6 +123,11 @@ def who(snapshot: Snapshot, block_id: int) -> str:
     """A block's owner, the number of them, or nothing."""
     count = snapshot.blocks[block_id].ref_count
     return f"×{count}" if count > 1 else "".join(map(letter, rows_of(snapshot, block_id)))
+
+
+def level(snapshot: Snapshot, block: BlockState) -> int:
+    """How full it is, of LEVELS; a single token is seen."""
+    return -(-block.num_tokens * (len(LEVELS) - 1) // snapshot.block_size)
 
 
 def headline(snapshot: Snapshot) -> str:

@@ -7,8 +7,6 @@ from jpaged.snapshot import BlockKind, BlockState, Snapshot, TableState
 
 LINE = 96  # characters
 CELLS = 16  # a line
-LEVELS = " ▁▂▃▄▅▆▇█"
-SIGNS = {BlockKind.NULL: "x", BlockKind.FREE: "·", BlockKind.CACHED: "~"}
 LEGEND = (
     "A█ in use by sequence A, full; A▂ the same, with room left; ×3█ shared by 3 sequences, "
     "stored once; ~ kept: nobody's, but known should a text begin like that again; · empty; "
@@ -47,9 +45,8 @@ def _pool_lines(snapshot: Snapshot) -> list[str]:
 
 def _sign(snapshot: Snapshot, block: BlockState) -> str:
     if block.kind is not BlockKind.USED:
-        return SIGNS[block.kind]
-    level = -(-block.num_tokens * (len(LEVELS) - 1) // snapshot.block_size)
-    return marks.who(snapshot, block.block_id) + LEVELS[level]
+        return marks.SIGNS[block.kind]
+    return marks.who(snapshot, block.block_id) + marks.LEVELS[marks.level(snapshot, block)]
 
 
 def _table_lines(table: TableState) -> list[str]:

@@ -17,8 +17,6 @@ from jpaged.snapshot import BlockKind, BlockState, Snapshot
 PER_SECOND = 8  # drawings: more than the eye needs, few beside the steps
 MAX_ROWS = 12  # sequences that are listed
 STYLES = {BlockKind.NULL: "dim", BlockKind.FREE: "dim", BlockKind.CACHED: "white"}
-SIGNS = {BlockKind.NULL: "x", BlockKind.FREE: "·", BlockKind.CACHED: "~"}
-LEVELS = "▁▂▃▄▅▆▇█"
 
 
 def run(
@@ -70,8 +68,8 @@ def _pool(snapshot: Snapshot) -> Text:
 
 def _sign(snapshot: Snapshot, block: BlockState) -> str:
     if block.kind is not BlockKind.USED:
-        return SIGNS[block.kind]
-    return LEVELS[max(0, -(-block.num_tokens * len(LEVELS) // snapshot.block_size) - 1)]
+        return marks.SIGNS[block.kind]
+    return marks.LEVELS[max(1, marks.level(snapshot, block))]
 
 
 def _style(snapshot: Snapshot, block: BlockState) -> str:

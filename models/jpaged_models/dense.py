@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from jpaged_models.layers import rotary_for
-from jpaged_models.llama import Llama, LlamaLayer
+from jpaged_models.llama import Llama
 
 
 def dense_logits(model: Llama, tokens: Int32[Array, "B C"]) -> Float[Array, "B C V"]:
@@ -28,7 +28,7 @@ def dense_logits(model: Llama, tokens: Int32[Array, "B C"]) -> Float[Array, "B C
     x = jnp.take(model.embedding[...], tokens.reshape(-1), axis=0)
     for layer in model.layers:
         q, k, v = layer.attention.project(layer.attention_norm(x), rotary)
-        x = _after(layer, x, _mix(q, k, v, num_texts=B))
+        x = layer.finish(x, layer.attention.finish(_mix(q, k, v, num_texts=B)))
     return model.logits(model.norm(x)).reshape(B, C, -1)
 
 
@@ -40,10 +40,3 @@ def _mix(
 
     mixed = jax.nn.dot_product_attention(by_text(q), by_text(k), by_text(v), is_causal=True)
     return mixed.reshape(q.shape)
-
-
-def _after(
-    layer: LlamaLayer, x: Float[Array, "T D"], mixed: Float[Array, "T N H"]
-) -> Float[Array, "T D"]:
-    x = x + layer.attention.finish(mixed)
-    return x + layer.mlp(layer.mlp_norm(x))

@@ -44,8 +44,12 @@ class LlamaLayer(nnx.Module):
         attended, pool = self.attention(
             self.attention_norm(x), pool, context, rotary=rotary, window=window
         )
+        return self.finish(x, attended), pool
+
+    def finish(self, x: Float[Array, "T D"], attended: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        """The residual stream after the layer, from what its attention gives."""
         x = x + attended
-        return x + self.mlp(self.mlp_norm(x)), pool
+        return x + self.mlp(self.mlp_norm(x))
 
 
 class Llama(nnx.Module):

@@ -233,7 +233,7 @@ def _restore(manager: "ocp.CheckpointManager", number: int, like: TrainState) ->
 
 
 def _plain(state: TrainState) -> list[Array]:
-    """What Orbax needs to know of nothing."""
+    """Its arrays in order, so that a checkpoint does not depend on Optax's classes."""
     return jax.tree.leaves(state)
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Real
 
+from pallas_kernels.cpu import build
 from pallas_kernels.cpu.build import library
 from pallas_kernels.layout import MASKED, PagedBatch
 
@@ -25,8 +26,7 @@ def register(pool_dtype: str) -> str:
     """The name by which XLA knows the kernel for such pools. Raises BuildError."""
     compiled = library("paged_attention.cc", f"KV={_POOLS[pool_dtype]}")
     target = f"jpaged_paged_attention_{pool_dtype}"
-    handler = jax.ffi.pycapsule(compiled.jpaged_paged_attention)
-    jax.ffi.register_ffi_target(target, handler, platform="cpu")
+    build.register(compiled, "jpaged_paged_attention", target)
     return target
 
 

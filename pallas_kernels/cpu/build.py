@@ -36,6 +36,12 @@ def library(source: str, *defines: str) -> ctypes.CDLL:
         raise BuildError(str(error)) from error
 
 
+def register(compiled: ctypes.CDLL, symbol: str, target: str | None = None) -> None:
+    """Makes a kernel of the library known to XLA, as `target` or by its own name."""
+    handler = jax.ffi.pycapsule(getattr(compiled, symbol))
+    jax.ffi.register_ffi_target(target or symbol, handler, platform="cpu")
+
+
 def _found_or_compiled(source: pathlib.Path, defines: tuple[str, ...]) -> ctypes.CDLL:
     command = [*_compiler(), *(f"-D{define}" for define in defines)]
     name = f"{source.stem}-{_key(source, command)}"
@@ -78,6 +84,7 @@ def _key(source: pathlib.Path, compiler: list[str]) -> str:
     return _digest("\0".join(parts).encode())
 
 
+@functools.cache
 def processor() -> str:
     """The instructions that this processor has: a home folder may be shared between machines."""
     try:

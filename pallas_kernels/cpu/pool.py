@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int32, Real
 
+from pallas_kernels.cpu import build
 from pallas_kernels.cpu.build import library
 
 _WRITE_KV, _COPY_BLOCKS, _WRITE_BLOCKS = (
@@ -24,8 +25,7 @@ def register() -> None:
     """Makes the compiled kernels known to XLA. Raises BuildError where there are none."""
     compiled = library("pool.cc")
     for target in (_WRITE_KV, _COPY_BLOCKS, _WRITE_BLOCKS):
-        handler = jax.ffi.pycapsule(getattr(compiled, target))
-        jax.ffi.register_ffi_target(target, handler, platform="cpu")
+        build.register(compiled, target)
 
 
 def write_kv(

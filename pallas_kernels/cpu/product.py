@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, BFloat16, DTypeLike, Float
 
+from pallas_kernels.cpu import build
 from pallas_kernels.cpu.build import BuildError, library, processor
 
 logger = logging.getLogger(__name__)
@@ -29,11 +30,11 @@ def _registered(name: str) -> str | BuildError:
     """Its target, or why there is none, which is said once and not asked again at each trace."""
     target = f"jpaged_{name}"
     try:
-        handler = jax.ffi.pycapsule(getattr(library(f"{name}.cc"), target))
+        compiled = library(f"{name}.cc")
     except BuildError as error:
         logger.warning("bfloat16 products by xla, %s.cc is missing: %s", name, error)
         return error
-    jax.ffi.register_ffi_target(target, handler, platform="cpu")
+    build.register(compiled, target)
     return target
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from rich.console import Console
 
-from jpaged import LLM, SamplingParams, top
+from jpaged import LLM, SamplingParams, marks, top
 from jpaged.cli import main
 from tests.helpers import LLM_OPTIONS
 
@@ -36,7 +36,7 @@ def test_a_drawing_has_the_figures_the_blocks_and_the_texts(llm: LLM):
     assert f"40 blocks of 8 tokens: {stats.blocks_used} in use" in text
     assert f"{stats.generated_tokens} tokens in 2.0 s" in text
     pool = text.splitlines()[2]
-    assert sum(pool.count(sign) for sign in top.LEVELS) == stats.blocks_used
+    assert sum(pool.count(sign) for sign in marks.LEVELS[1:]) == stats.blocks_used
     assert pool.count("x") == 1
     assert "its text so far" in text
     while llm.has_unfinished_requests:

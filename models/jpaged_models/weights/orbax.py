@@ -97,7 +97,7 @@ def save_checkpoint(
         made = pathlib.Path(folder, directory.name)
         made.mkdir()
         checkpointer = _checkpointer()
-        checkpointer.save((made / PARAMS).absolute(), _with_text_keys(params))
+        checkpointer.save(made / PARAMS, _with_text_keys(params))
         checkpointer.wait_until_finished()
         (made / PARAMS / "commit_success.txt").unlink(missing_ok=True)  # names the folder it was in
         (made / CONFIG_FILE).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
