@@ -109,12 +109,12 @@ def _place(wanted: dict, found: dict, dtype: DTypeLike, path: tuple) -> dict:
             inner = inner() if callable(inner) else inner
             placed[key] = _place(leaf, inner, dtype, (*path, key))
             continue
-        array = found.pop(key)  # freed on the host as soon as the device has it
-        if array.shape != leaf.shape:
+        if found[key].shape != leaf.shape:
             name = ".".join(map(str, (*path, key)))
             raise ValueError(
-                f"{name}: expected shape {leaf.shape}, got {array.shape}; "
+                f"{name}: expected shape {leaf.shape}, got {found[key].shape}; "
                 "the config does not belong to these weights"
             )
-        placed[key] = jax.device_put(np.ascontiguousarray(array).astype(dtype))
+        # No name keeps the host's copy: it is gone before the next is read.
+        placed[key] = jax.device_put(np.ascontiguousarray(found.pop(key)).astype(dtype))
     return placed

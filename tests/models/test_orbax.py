@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jpaged.convert import convert
 from jpaged_models import (
@@ -26,6 +28,7 @@ from jpaged_models import (
 from jpaged_models.bpe import train_tokenizer
 from jpaged_models.chat_template import ChatTemplate
 from jpaged_models.tokenizer import Tokenizer
+from jpaged_models.weights import orbax
 from jpaged_models.weights.checkpoint import TINY_DIRECTORY
 from tests.helpers import tiny_config
 from tests.models.tiny_files import llama_tensors, write_directory
@@ -68,6 +71,30 @@ def test_parameters_are_cast_to_the_dtype_that_is_asked_for(tmp_path: pathlib.Pa
     params = saved(tmp_path / "model", tiny_config())
     found = params_of(load_decoder(open_checkpoint(tmp_path / "model"), dtype=jnp.bfloat16))
     assert_same(found, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params))
+
+
+@given(
+    sizes=st.lists(st.integers(1, 400), min_size=1, max_size=40),
+    least=st.integers(1, 4000),
+    most=st.integers(1, 20),
+)
+def test_parts_hold_every_parameter_once_and_no_more_than_their_room(sizes, least, most):
+    specs: dict[orbax.Keys, Any] = {
+        (str(i),): jax.ShapeDtypeStruct((size,), jnp.float32) for i, size in enumerate(sizes)
+    }
+    parts = [list(part) for part in orbax.parts(specs, least_bytes=least, most_parts=most)]
+    assert sorted(keys for part in parts for keys in part) == sorted(specs)
+    room = max(least, 4 * sum(sizes) // most)
+    for part in parts:
+        assert len(part) == 1 or 4 * sum(specs[keys].size for keys in part) <= room
+
+
+def test_a_model_that_is_read_in_parts_is_whole(tmp_path, monkeypatch):
+    params = saved(tmp_path / "model", tiny_config())
+    monkeypatch.setattr(orbax, "PART_BYTES", 1)
+    assert_same(
+        params_of(load_decoder(open_checkpoint(tmp_path / "model"), dtype="float32")), params
+    )
 
 
 def test_a_tokenizer_with_its_templates_and_ends_goes_with_it(tmp_path: pathlib.Path):
@@ -129,7 +156,7 @@ def test_a_config_of_another_model_or_kind_is_refused(tmp_path: pathlib.Path):
     with pytest.raises(ValueError, match=r"down.*of shape \(41, 24\), params has \(40, 24\); they"):
         load_decoder(open_checkpoint(tmp_path / "model"), dtype=jnp.float32)
     path.write_text(json.dumps(fields | {"num_layers": 1, "layer_windows": [None]}))
-    with pytest.raises(ValueError, match=r"\['layers'\]\['1'\].* of shape None, params has"):
+    with pytest.raises(ValueError, match=r"layers\.1\..* of shape None, params has"):
         load_decoder(open_checkpoint(tmp_path / "model"), dtype=jnp.float32)
     path.write_text(json.dumps(fields | {"sparkle": 1}))
     with pytest.raises(ValueError, match=r"jpaged\.json must have the fields architecture, .*save"):

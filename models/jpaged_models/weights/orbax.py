@@ -11,9 +11,12 @@ import logging
 import os
 import pathlib
 import tempfile
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array
 
 from jpaged_models.config import ModelConfig
 from jpaged_models.rope import RopeScaling
@@ -24,6 +27,10 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "jpaged.json"
 PARAMS = "params"
+PART_BYTES = 8 << 20  # read at a time, at least,
+MAX_PARTS = 16  # and about as many times at most: each costs 30 ms
+
+Keys = tuple[str, ...]  # from a tree's root to a leaf
 
 
 class OrbaxCheckpoint:
@@ -52,21 +59,26 @@ class OrbaxCheckpoint:
         path = (self.directory / PARAMS).absolute()
         if not path.is_dir():
             raise ValueError(f"{self.source} has no {PARAMS}; is the copy complete?")
-        wanted = _with_text_keys(jax.tree.map(_placed, abstract))
+        wanted = _flat(abstract)
         checkpointer = _checkpointer()
-        saved: Any = checkpointer.metadata(path)
-        if saved.item_metadata is None:
+        saved: Any = checkpointer.metadata(path).item_metadata
+        if saved is None:
             raise ValueError(f"{path} is no checkpoint of Orbax; is the copy complete?")
-        self._check(_shapes(wanted), _shapes(saved.item_metadata))
-        return _with_keys_of(abstract, checkpointer.restore(path, wanted))
+        self._check(wanted, _flat(saved.tree))
+        restored: dict = {}
+        for part in parts(wanted, least_bytes=PART_BYTES, most_parts=MAX_PARTS):
+            restored |= _restore(checkpointer, path, part)
+        by_own_keys = {keys: restored[_text(keys)] for keys in flatten_dict(abstract)}
+        return unflatten_dict(by_own_keys)
 
-    def _check(self, wanted: dict[str, tuple], saved: dict[str, tuple]) -> None:
+    def _check(self, wanted: dict[Keys, Any], saved: dict[Keys, Any]) -> None:
         """Before Orbax, which would say it of whatever array it came to first."""
-        for name in sorted(wanted.keys() | saved.keys()):
-            if wanted.get(name) != saved.get(name):
+        for keys in sorted(wanted.keys() | saved.keys()):
+            shapes = [tuple(of[keys].shape) if keys in of else None for of in (wanted, saved)]
+            if shapes[0] != shapes[1]:
                 raise ValueError(
-                    f"{self.source}: {CONFIG_FILE} describes {name} of shape {wanted.get(name)}, "
-                    f"{PARAMS} has {saved.get(name)}; they are not of one model"
+                    f"{self.source}: {CONFIG_FILE} describes {'.'.join(keys)} of shape "
+                    f"{shapes[0]}, {PARAMS} has {shapes[1]}; they are not of one model"
                 )
 
     def close(self) -> None:
@@ -96,9 +108,7 @@ def save_checkpoint(
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as folder:
         made = pathlib.Path(folder, directory.name)
         made.mkdir()
-        checkpointer = _checkpointer()
-        checkpointer.save(made / PARAMS, _with_text_keys(params))
-        checkpointer.wait_until_finished()
+        _checkpointer().save(made / PARAMS, unflatten_dict(_flat(params)))
         (made / PARAMS / "commit_success.txt").unlink(missing_ok=True)  # names the folder it was in
         (made / CONFIG_FILE).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
         if tokenizer is not None:
@@ -106,12 +116,50 @@ def save_checkpoint(
         made.rename(directory)
 
 
-def _checkpointer() -> "ocp.StandardCheckpointer":
+def _checkpointer() -> "ocp.PyTreeCheckpointer":
     """Orbax's, imported now: it takes as long as JAX does."""
     import orbax.checkpoint as ocp
 
     logging.getLogger("absl").setLevel(logging.ERROR)  # of each array's layout and of each file
-    return ocp.StandardCheckpointer()
+    return ocp.PyTreeCheckpointer()
+
+
+def parts(
+    specs: dict[Keys, Any], *, least_bytes: int, most_parts: int
+) -> Iterator[dict[Keys, Any]]:
+    """What Orbax reads at a time: it holds a part three times over, as stored, read and placed.
+
+    The largest parameters come first, while little else is in memory yet.
+
+    Args:
+        specs: shapes and dtypes.
+        least_bytes: parts hold up to so many bytes,
+        most_parts: or up to this fraction of all; a parameter that is larger is a part by itself.
+    """
+    sizes = {keys: spec.size * spec.dtype.itemsize for keys, spec in specs.items()}
+    room = max(least_bytes, sum(sizes.values()) // most_parts)
+    part: dict[Keys, Any] = {}
+    held = 0
+    for keys in sorted(specs, key=lambda keys: sizes[keys], reverse=True):
+        if part and held + sizes[keys] > room:
+            yield part
+            part, held = {}, 0
+        part[keys] = specs[keys]
+        held += sizes[keys]
+    yield part
+
+
+def _restore(
+    checkpointer: "ocp.PyTreeCheckpointer", path: pathlib.Path, part: dict[Keys, Any]
+) -> dict[Keys, Array]:
+    """Some of the parameters, on the default device."""
+    import orbax.checkpoint as ocp
+
+    wanted = unflatten_dict({keys: _placed(spec) for keys, spec in part.items()})
+    how = ocp.checkpoint_utils.construct_restore_args(wanted)
+    args = ocp.args.PyTreeRestore(wanted, restore_args=how, partial_restore=True)
+    restored: dict = flatten_dict(checkpointer.restore(path, args=args))
+    return restored
 
 
 def _read_config(path: pathlib.Path) -> ModelConfig:
@@ -134,19 +182,10 @@ def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _shapes(tree: dict) -> dict[str, tuple]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path): tuple(leaf.shape) for path, leaf in leaves}
+def _flat(tree: dict) -> dict[Keys, Any]:
+    """By the keys of a file, which are text; layers are numbered by integers."""
+    return {_text(keys): leaf for keys, leaf in flatten_dict(tree).items()}
 
 
-def _with_text_keys(tree: Any) -> Any:
-    """Layers are numbered by integers; a file's names are text."""
-    if not isinstance(tree, dict):
-        return tree
-    return {str(key): _with_text_keys(inner) for key, inner in tree.items()}
-
-
-def _with_keys_of(like: Any, tree: Any) -> Any:
-    if not isinstance(like, dict):
-        return tree
-    return {key: _with_keys_of(inner, tree[str(key)]) for key, inner in like.items()}
+def _text(keys: tuple) -> Keys:
+    return tuple(map(str, keys))

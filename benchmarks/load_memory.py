@@ -1,0 +1,110 @@
+"""How much host memory loading a model takes, beside the bytes of its weights.
+
+python -m benchmarks.load_memory [--model MODEL]
+
+The model is loaded as it lies and as `jpaged convert` keeps it, each time by a fresh process that
+has started JAX before. Counted is that process's anonymous memory, looked at from outside: its peak
+while the weights load, over what it held just before. Pages of a mapped file are not counted; the
+system takes them back when it wants. On an accelerator the weights themselves are not in it.
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+from typing import IO
+
+from benchmarks.measure import host_provenance
+
+BAR = 1.2  # peak over weights
+DTYPES = ("float32", "bfloat16")
+LOOK_EVERY_S = 0.001
+STATUS = pathlib.Path("/proc/self/status")
+
+
+def main() -> None:
+    """Prints a table for people and, last, one JSON line."""
+    options = _options()
+    if not STATUS.exists():
+        sys.exit("benchmarks.load_memory: expected a system with /proc, which tells memory by kind")
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for dtype in options.dtypes:
+            kept = str(pathlib.Path(folder, dtype))
+            rows.append({"form": "as it lies", **load(options.model, dtype)})
+            _convert(options.model, kept, dtype)
+            rows.append({"form": "Orbax", **load(kept, dtype)})
+    print(f"{'form':12} {'dtype':10} {'weights MB':>10} {'peak MB':>10} {'ratio':>8} {'bar':>6}")
+    for row in rows:
+        weights, peak = row["weights_bytes"] / 1e6, row["peak_bytes"] / 1e6
+        verdict = "kept" if row["ratio"] <= BAR else "missed"
+        print(
+            f"{row['form']:12} {row['dtype']:10} {weights:10.1f} {peak:10.1f} {row['ratio']:8.3f} "
+            f"{BAR:6} {verdict}"
+        )
+    report = {"benchmark": "load_memory", "model": options.model, "rows": rows, "bar": BAR}
+    print(json.dumps({**report, **host_provenance()}))
+
+
+def load(model: str | None, dtype: str) -> dict:
+    """One load by a process of its own, and the most that it held meanwhile."""
+    probe = [sys.executable, "-m", "benchmarks.load_probe", json.dumps([model, dtype])]
+    with subprocess.Popen(
+        probe, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        _line(process.stdout)
+        before = peak = _anonymous_bytes(process.pid)
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        while (now := _anonymous_bytes(process.pid)) and process.poll() is None:
+            peak = max(peak, now)
+            time.sleep(LOOK_EVERY_S)
+        told = json.loads(_line(process.stdout))
+    return {
+        "dtype": dtype,
+        "peak_bytes": peak - before,
+        "ratio": round((peak - before) / told["weights_bytes"], 3),
+        **told,
+    }
+
+
+def _line(stream: IO[str]) -> str:
+    line = stream.readline()
+    if not line:
+        raise SystemExit("a load failed; its words are above")
+    return line
+
+
+def _anonymous_bytes(pid: int) -> int:
+    """Of a process; 0 for one that has ended and still waits to be asked how."""
+    status = pathlib.Path(f"/proc/{pid}/status").read_text()
+    fields = dict(line.split(":", 1) for line in status.splitlines())
+    return int(fields["RssAnon"].split()[0]) * 1024 if "RssAnon" in fields else 0
+
+
+def _convert(model: str | None, directory: str, dtype: str) -> None:
+    convert = (
+        f"from jpaged.convert import convert; convert({model!r}, {directory!r}, dtype={dtype!r})"
+    )
+    subprocess.run([sys.executable, "-c", convert], check=True)  # not here: JAX may have one owner
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.load_memory",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", help="directory, .gguf file or hub id; by default the default model")
+    add("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
