@@ -1,9 +1,9 @@
 """How much host memory loading a model takes, beside the bytes of its weights.
 
-python -m benchmarks.load_memory [--model MODEL]
+python -m benchmarks.load_memory [--model MODEL] [--also MODEL...]
 
-The model is loaded as it lies and as `jpaged convert` keeps it, each time by a fresh process that
-has started JAX before. Counted is that process's anonymous memory, looked at from outside: its peak
+A model is loaded as it lies and as `jpaged convert` keeps it, each time by a fresh process that has
+started JAX before. Counted is that process's anonymous memory, looked at from outside: its peak
 while the weights load, over what it held just before. Pages of a mapped file are not counted; the
 system takes them back when it wants. On an accelerator the weights themselves are not in it.
 """
@@ -32,11 +32,11 @@ def main() -> None:
         sys.exit("benchmarks.load_memory: expected a system with /proc, which tells memory by kind")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for dtype in options.dtypes:
+        for dtype in DTYPES:
+            rows += [load(model, dtype) for model in (options.model, *options.also)]
             kept = str(pathlib.Path(folder, dtype))
-            rows.append({"form": "as it lies", **load(options.model, dtype)})
             _convert(options.model, kept, dtype)
-            rows.append({"form": "Orbax", **load(kept, dtype)})
+            rows.append(load(kept, dtype))
     print(f"{'form':12} {'dtype':10} {'weights MB':>10} {'peak MB':>10} {'ratio':>8} {'bar':>6}")
     for row in rows:
         weights, peak = row["weights_bytes"] / 1e6, row["peak_bytes"] / 1e6
@@ -45,7 +45,7 @@ def main() -> None:
             f"{row['form']:12} {row['dtype']:10} {weights:10.1f} {peak:10.1f} {row['ratio']:8.3f} "
             f"{BAR:6} {verdict}"
         )
-    report = {"benchmark": "load_memory", "model": options.model, "rows": rows, "bar": BAR}
+    report = {"benchmark": "load_memory", "rows": rows, "bar": BAR}
     print(json.dumps({**report, **host_provenance()}))
 
 
@@ -102,7 +102,7 @@ def _options() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", help="directory, .gguf file or hub id; by default the default model")
-    add("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
+    add("--also", nargs="*", default=[], metavar="MODEL", help="loaded as it lies, too")
     return parser.parse_args()
 
 

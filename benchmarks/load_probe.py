@@ -18,7 +18,8 @@ def main(model: str | None, dtype: str) -> None:
     with contextlib.closing(open_checkpoint(model)) as checkpoint:
         leaves = jax.tree.leaves(params_of(load_decoder(checkpoint, dtype=dtype)))
     jax.block_until_ready(leaves)
-    told = {"weights_bytes": sum(leaf.nbytes for leaf in leaves)}
+    form = type(checkpoint).__name__.removesuffix("Checkpoint")
+    told = {"form": form, "weights_bytes": sum(leaf.nbytes for leaf in leaves)}
     print(json.dumps(told), flush=True)
 
 
