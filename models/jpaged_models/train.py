@@ -17,8 +17,9 @@ import math
 import pathlib
 import sys
 import time
+import zlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
+from typing import Any, NamedTuple, NoReturn, cast
 
 import jax
 import jax.numpy as jnp
@@ -33,10 +34,8 @@ from jpaged_models.dense import dense_logits
 from jpaged_models.llama import Llama
 from jpaged_models.registry import params_of, random_decoder
 from jpaged_models.tokenizer import Tokenizer
+from jpaged_models.train_state import KeptSteps, TrainState
 from jpaged_models.weights import save_checkpoint
-
-if TYPE_CHECKING:
-    import orbax.checkpoint as ocp
 
 PIECE = 20_000  # characters: every twentieth piece is held out
 HELD_OUT = 20
@@ -56,13 +55,6 @@ class TrainConfig:
     dtype: str = "float32"
     seed: int = 0
     save_every: int = 200
-
-
-class TrainState(NamedTuple):
-    """What a step changes."""
-
-    params: nnx.State
-    moments: optax.OptState
 
 
 class HeldOut(NamedTuple):
@@ -109,23 +101,22 @@ def train(
 ) -> Iterator[tuple[int, float]]:
     """Trains `model` in place; after each step its number, from 1 on, and its loss in nats.
 
-    A folder that has more steps than `config.steps` is refused with a ValueError.
-
     Args:
         model: its parameters are replaced as training goes on, and those it had are deleted.
         tokens: the text; each step takes pieces of it that `config.seed` and its number decide.
         config: how long, how fast, in which pieces.
         folder: where the state is kept and found again; None keeps nothing.
+
+    Raises:
+        ValueError: `folder` holds a run of another config, text or network.
     """
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     optimizer = _optimizer(config)
     state = TrainState(params, optimizer.init(params))
-    manager = None if folder is None else _manager(folder, config)
+    kept = None if folder is None else _kept_steps(folder, model.config, tokens, config)
     first = 0
-    if manager is not None and (last := manager.latest_step()) is not None:
-        if last > config.steps:
-            raise ValueError(f"{folder} has {last} steps, and only {config.steps} are wanted")
-        state, first = _restore(manager, last, state), last
+    if kept is not None and (last := kept.last(state)) is not None:
+        first, state = last
     step = jax.jit(
         functools.partial(_step, graph, rest, optimizer, jnp.dtype(config.dtype)), donate_argnums=0
     )
@@ -134,12 +125,12 @@ def train(
         for number in range(first + 1, config.steps + 1):
             state, loss = step(state, _pieces(tokens, config, number))
             nnx.update(model, state.params)
-            if manager is not None:
-                _save(manager, number, state, is_last=number == config.steps)
+            if kept is not None:
+                kept.save(number, state, is_last=number == config.steps)
             yield number, float(loss)
     finally:
-        if manager is not None:
-            manager.close()
+        if kept is not None:
+            kept.close()
 
 
 def held_out_loss(
@@ -155,6 +146,17 @@ def held_out_loss(
     ]
     nats = sum(losses) / count
     return HeldOut(nats, nats / math.log(2) * len(tokens) / num_bytes)
+
+
+def _kept_steps(
+    folder: pathlib.Path, network: ModelConfig, tokens: np.ndarray, config: TrainConfig
+) -> KeptSteps:
+    begun_with = {
+        **dataclasses.asdict(config),
+        **{f"network.{name}": value for name, value in dataclasses.asdict(network).items()},
+        "text": f"{len(tokens)} tokens, CRC {zlib.crc32(tokens.tobytes()):08x}",
+    }
+    return KeptSteps(folder, begun_with, save_every=config.save_every)
 
 
 def _optimizer(config: TrainConfig) -> optax.GradientTransformation:
@@ -210,33 +212,6 @@ def _pieces(
     return np.stack([tokens[start : start + config.seq_len + 1] for start in starts])
 
 
-def _manager(folder: pathlib.Path, config: TrainConfig) -> "ocp.CheckpointManager":
-    import orbax.checkpoint as ocp
-
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, save_interval_steps=config.save_every)
-    return ocp.CheckpointManager(folder.absolute(), options=options)
-
-
-def _save(
-    manager: "ocp.CheckpointManager", number: int, state: TrainState, *, is_last: bool
-) -> None:
-    import orbax.checkpoint as ocp
-
-    manager.save(number, args=ocp.args.StandardSave(_plain(state)), force=is_last)
-
-
-def _restore(manager: "ocp.CheckpointManager", number: int, like: TrainState) -> TrainState:
-    import orbax.checkpoint as ocp
-
-    plain = manager.restore(number, args=ocp.args.StandardRestore(_plain(like)))
-    return jax.tree.unflatten(jax.tree.structure(like), list(plain))
-
-
-def _plain(state: TrainState) -> list[Array]:
-    """Its arrays in order, so that a checkpoint does not depend on Optax's classes."""
-    return jax.tree.leaves(state)
-
-
 def main() -> None:
     """Trains what the command line names."""
     options = _options()
@@ -260,10 +235,13 @@ def main() -> None:
     model = cast(Llama, random_decoder(shape, dtype=jnp.float32, seed=options.seed))
     print(f"{len(text):,} characters, {len(tokens):,} tokens to train on", file=sys.stderr)
     start = time.perf_counter()
-    for number, loss in train(model, tokens, config, folder=options.out / "steps"):
-        if number % 20 == 0 or number == config.steps:
-            seconds = time.perf_counter() - start
-            print(f"step {number}: {loss:.3f} nats a token, {seconds:.0f} s", file=sys.stderr)
+    try:
+        for number, loss in train(model, tokens, config, folder=options.out / "steps"):
+            if number % 20 == 0 or number == config.steps:
+                seconds = time.perf_counter() - start
+                print(f"step {number}: {loss:.3f} nats a token, {seconds:.0f} s", file=sys.stderr)
+    except ValueError as error:
+        _refuse(str(error))
     found = held_out_loss(model, unseen, len(held_out.encode()), seq_len=config.seq_len)
     narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params_of(model))
     save_checkpoint(options.out / "model", narrow, shape, tokenizer)

@@ -1,5 +1,6 @@
 """Training: the same network as is served, a loss that falls, and a run that goes on."""
 
+import dataclasses
 import pathlib
 import subprocess
 import sys
@@ -78,6 +79,18 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_parameters(tmp_path: pathlib
         jax.tree.leaves(params_of(again)), jax.tree.leaves(params_of(whole)), strict=True
     ):
         np.testing.assert_array_equal(one, other)
+
+
+def test_a_folder_goes_on_with_the_run_that_it_was_begun_with_alone(tmp_path: pathlib.Path):
+    assert len(list(train(model_of(), COUNTING, CONFIG, folder=tmp_path))) == 6
+    assert list(train(model_of(), COUNTING, CONFIG, folder=tmp_path)) == []
+    longer = dataclasses.replace(CONFIG, steps=9)
+    with pytest.raises(ValueError, match=r"begun with something else: steps was 6 and is 9; pass"):
+        next(train(model_of(), COUNTING, longer, folder=tmp_path))
+    with pytest.raises(ValueError, match=r"text was '4000 tokens, CRC \w+' and is '3999 tokens"):
+        next(train(model_of(), COUNTING[1:], CONFIG, folder=tmp_path))
+    with pytest.raises(ValueError, match=r"else: network\.qk_norm was False and is True; pass"):
+        next(train(model_of(qk_norm=True), COUNTING, CONFIG, folder=tmp_path))
 
 
 def test_bfloat16_trains_too():
