@@ -64,7 +64,7 @@ def rope_of(raw: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScal
     if kind == "linear":
         return theta, RopeScaling(kind="linear", factor=float_of(rope, "factor", None))
     if kind == "yarn":
-        return theta, _yarn(rope, max_positions)
+        return theta, yarn_of(rope, max_positions)
     if kind != "llama3":
         raise ValueError(f"RoPE type {kind!r} is not supported; supported are {listed(ROPE_KINDS)}")
     return theta, RopeScaling(
@@ -78,8 +78,8 @@ def rope_of(raw: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScal
     )
 
 
-def _yarn(rope: Mapping[str, Any], max_positions: int) -> RopeScaling:
-    """As Transformers reads it: a null factor is the ratio of the two contexts."""
+def yarn_of(rope: Mapping[str, Any], max_positions: int) -> RopeScaling:
+    """Scaling of the kind yarn as Transformers reads it: a null factor is the ratio of the two contexts."""
     original = int_of(rope, "original_max_position_embeddings", max_positions)
     factor = float_of(rope, "factor", max_positions / max(original, 1))
 

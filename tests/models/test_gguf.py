@@ -1,14 +1,17 @@
 """A GGUF file opens to Hugging Face's names, shapes and values, or says what is wrong."""
 
+import dataclasses
 import math
 
 import gguf
 import numpy as np
 import pytest
 
+from jpaged_models import config_from_hf
 from jpaged_models.rope import RopeScaling
 from jpaged_models.weights import open_named_tensors
 from tests.models.tiny_files import (
+    LLAMA_CONFIG,
     LLAMA_VALUES,
     D,
     F,
@@ -185,6 +188,34 @@ def test_gguf_linear_rope_scaling_is_read(tmp_path, values, scaling):
 
 
 @pytest.mark.parametrize(
+    ("values", "published"),
+    [
+        ({}, {}),
+        ({"original_context_length": 32}, {"original_max_position_embeddings": 32}),
+        ({"yarn_beta_fast": 16.0, "yarn_beta_slow": 2.0}, {"beta_fast": 16.0, "beta_slow": 2.0}),
+        ({"yarn_log_multiplier": 0.7}, {"mscale": 1.0, "mscale_all_dim": 0.7}),
+        (
+            {"yarn_attn_factor": 2.0, "attn_factor": 1.5, "yarn_ext_factor": -1.0},
+            {"attention_factor": 3.0 * (1 + 0.1 * math.log(4.0))},
+        ),
+    ],
+)
+def test_gguf_yarn_scaling_is_that_of_the_published_config(tmp_path, values, published):
+    values = {f".rope.scaling.{name}": value for name, value in values.items()}
+    values |= {".rope.scaling.type": "yarn", ".rope.scaling.factor": 4.0}
+    path = write_gguf(
+        tmp_path / "m.gguf", "llama", LLAMA_VALUES | values, as_gguf_tensors(llama_tensors())
+    )
+    found = open_named_tensors(path).config
+    rope = {"rope_type": "yarn", "factor": 4.0} | published
+    raw = LLAMA_CONFIG | {"max_position_embeddings": found.max_position_embeddings}
+    expected = config_from_hf(raw | {"rope_scaling": rope}).rope_scaling
+    assert found.rope_scaling is not None
+    assert expected is not None
+    assert dataclasses.asdict(found.rope_scaling) == pytest.approx(dataclasses.asdict(expected))
+
+
+@pytest.mark.parametrize(
     ("factor", "low", "high", "original", "theta"),
     [(8.0, 1.0, 4.0, 8192, 5e5), (32.0, 1.0, 4.0, 8192, 5e5), (4.0, 0.5, 3.0, 1024, 1e4)],
 )
@@ -233,7 +264,12 @@ def converter_factors(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({".rope.scaling.type": "yarn"}, "'yarn' is not supported"),
+        ({".rope.scaling.type": "longrope"}, "'longrope' is not supported"),
+        (
+            {".rope.scaling.type": "yarn", ".rope.scaling.factor": 4.0}
+            | {".rope.scaling.yarn_ext_factor": 0.5},
+            "yarn_ext_factor of 0.5 is not supported; it must be 1",
+        ),
         ({".attention.value_length": 16}, "keys of 8 beside values of 16"),
         ({".rope.dimension_count": 4}, "RoPE over 4 of 8"),
         ({".expert_count": 8}, "mixtures of experts"),

@@ -1,10 +1,12 @@
 """GGUF metadata as a ModelConfig."""
 
+import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from jpaged_models.config import ModelConfig
-from jpaged_models.rope import RopeScaling
+from jpaged_models.rope import RopeScaling, yarn_of
 from jpaged_models.weights.gguf_file import PLAIN_TYPES, GGUFFile
 from jpaged_models.weights.gguf_rope import llama3_from_factors
 
@@ -133,18 +135,43 @@ def _refuse_other_heads(get: _Metadata, head_size: int, is_gpt2: bool) -> None:
 def _rope_scaling(
     file: GGUFFile, get: _Metadata, theta: float, head_size: int
 ) -> RopeScaling | None:
-    original = get.integer("rope.scaling.original_context_length", 8192)
     if ROPE_FREQS in file.tensors:
+        original = get.integer("rope.scaling.original_context_length", 8192)
         return llama3_from_factors(
             file.tensor(ROPE_FREQS), theta=theta, head_size=head_size, original=original
         )
     kind = get.raw("rope.scaling.type", "linear")  # llama.cpp's own default
-    if kind not in {"none", "linear"}:
+    if kind not in {"none", "linear", "yarn"}:
         raise ValueError(
-            f"{file.path}: RoPE scaling {kind!r} is not supported; supported are none, linear and "
-            "llama3"
+            f"{file.path}: RoPE scaling {kind!r} is not supported; supported are none, linear, "
+            "llama3 and yarn"
         )
     factor = get.number("rope.scaling.factor", get.number("rope.scale_linear", 1.0))
     if kind == "none" or factor in {0.0, 1.0}:  # 0 stands for "not given" there
         return None
-    return RopeScaling(kind="linear", factor=factor)
+    return RopeScaling(kind="linear", factor=factor) if kind == "linear" else _yarn(get, factor)
+
+
+def _yarn(get: _Metadata, factor: float) -> RopeScaling:
+    """As llama.cpp has yarn: Transformers' way, its factor of attention times two more."""
+    extrapolated = get.number("rope.scaling.yarn_ext_factor", -1.0)  # below 0: not given
+    if extrapolated >= 0 and extrapolated != 1:
+        raise ValueError(
+            f"{get.file.path}: a yarn_ext_factor of {extrapolated} is not supported; it must be 1"
+        )
+    context = get.integer("context_length")
+    scaling = yarn_of(
+        {
+            "factor": factor,
+            "original_max_position_embeddings": get.integer(
+                "rope.scaling.original_context_length", context
+            ),
+            "beta_fast": get.number("rope.scaling.yarn_beta_fast", 32.0),
+            "beta_slow": get.number("rope.scaling.yarn_beta_slow", 1.0),
+            "mscale": 1.0,
+            "mscale_all_dim": get.number("rope.scaling.yarn_log_multiplier", 0.0),
+        },
+        context,
+    )
+    more = [get.number(f"rope.scaling.{name}", 1.0) for name in ("attn_factor", "yarn_attn_factor")]
+    return dataclasses.replace(scaling, attention_factor=scaling.attention_factor * math.prod(more))
