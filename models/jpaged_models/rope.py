@@ -79,7 +79,7 @@ def rope_of(raw: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScal
 
 
 def yarn_of(rope: Mapping[str, Any], max_positions: int) -> RopeScaling:
-    """Scaling of the kind yarn as Transformers reads it: a null factor is the ratio of the two contexts."""
+    """As Transformers reads yarn scaling: a null factor is the ratio of the two contexts."""
     original = int_of(rope, "original_max_position_embeddings", max_positions)
     factor = float_of(rope, "factor", max_positions / max(original, 1))
 

@@ -1,0 +1,85 @@
+"""`jpaged chat` as somebody at a terminal has it, where Ctrl-C is a signal to the whole program."""
+
+import json
+import os
+import pathlib
+import pty
+import select
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+CTRL_C, CTRL_D = "\x03", "\x04"
+PATIENCE_S = 120.0
+# A session of its own does not yet make a terminal's keys signals: the program must take it.
+COMMAND = """
+import fcntl, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+from jpaged.cli import main
+sys.exit(main())
+"""
+
+
+class Terminal:
+    """A `jpaged` command whose input and output are a terminal, and what it has said so far."""
+
+    def __init__(self, *arguments: str) -> None:
+        self._fd, its = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", COMMAND, *arguments],
+            stdin=its,
+            stdout=its,
+            stderr=its,
+            start_new_session=True,
+            env=os.environ | {"TERM": "dumb"},
+        )
+        os.close(its)
+        self._unread = ""
+
+    def until(self, words: str) -> str:
+        """What it says before these words."""
+        end = time.monotonic() + PATIENCE_S
+        while words not in self._unread:
+            ready, _, _ = select.select([self._fd], [], [], max(end - time.monotonic(), 0))
+            assert ready, f"waited for {words!r}; it said {self._unread!r}"
+            self._unread += os.read(self._fd, 4096).decode(errors="replace")
+        before, _, self._unread = self._unread.partition(words)
+        return before
+
+    def type(self, text: str) -> None:
+        os.write(self._fd, text.encode())
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._fd)
+
+
+@pytest.fixture
+def terminal(tiny_model_dir: pathlib.Path, tmp_path: pathlib.Path) -> Iterator[Terminal]:
+    """Over a model whose answers take half a minute: a key always comes before their end."""
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "talkative")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2**16}))
+    options = ("--num-blocks=4200", "--max-tokens=30000", "--ignore-eos", "--seed=1")
+    terminal = Terminal("chat", str(folder), *options)
+    yield terminal
+    terminal.close()
+
+
+def test_ctrl_c_stops_the_answer_alone_and_ctrl_d_ends_the_conversation(terminal: Terminal):
+    terminal.until("Ctrl-C stops an answer")
+    terminal.until("\n> ")
+    for question in ("the sea", "the sun"):
+        terminal.type(question + "\n")
+        terminal.until(question + "\r\n")  # the terminal's echo
+        terminal.until(" ")  # an answer has begun
+        terminal.type(CTRL_C)
+        terminal.until("\n> ")
+        assert terminal.process.poll() is None
+    terminal.type(CTRL_D)
+    assert terminal.process.wait(PATIENCE_S) == 0
