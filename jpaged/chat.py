@@ -65,11 +65,8 @@ class Chat:
             del self.history[:2]
 
     def _tokens(self) -> list[int]:
-        tokenizer = self._llm.tokenizer
-        assert tokenizer is not None, "looked at first"
-        assert tokenizer.chat_template is not None, "likewise"
-        text = tokenizer.chat_template.render([*self._system, *self.history])
-        return tokenizer.encode(text, add_special_tokens=False)
+        assert self._llm.tokenizer is not None, "looked at first"
+        return self._llm.tokenizer.apply_chat_template([*self._system, *self.history])
 
 
 def run(chat: Chat) -> None:

@@ -239,11 +239,9 @@ def _print_stream(
 ) -> None:
     start: str | list[int] = prompt
     if args.chat:
-        tokenizer = llm.tokenizer
-        if tokenizer is None or tokenizer.chat_template is None:
+        if llm.tokenizer is None or llm.tokenizer.chat_template is None:
             raise ValueError(f"{llm.model_source} has no chat template; leave out --chat")
-        text = tokenizer.chat_template.render(_messages(args, prompt))
-        start = tokenizer.encode(text, add_special_tokens=False)
+        start = llm.tokenizer.apply_chat_template(_messages(args, prompt))
     for delta in llm.stream(start, params):
         print(delta.text, end="", flush=True)
     print()

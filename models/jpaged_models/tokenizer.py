@@ -34,6 +34,21 @@ class Tokenizer:
         """The ids of `text`; text that spells a special token becomes that token."""
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
+    def apply_chat_template(self, messages: list[dict], **variables: Any) -> list[int]:
+        """The ids of a conversation, as the model's own template writes it out.
+
+        Args:
+            messages: dicts with at least `role` and `content`, oldest first.
+            variables: what `ChatTemplate.render` takes, `add_generation_prompt=False` for one.
+
+        Raises:
+            ValueError: the model has no template, or it refuses these messages.
+        """
+        if self.chat_template is None:
+            raise ValueError("this model has no chat template; write the prompt out and encode it")
+        text = self.chat_template.render(messages, **variables)
+        return self.encode(text, add_special_tokens=False)
+
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `token_ids`, with U+FFFD where bytes are not whole characters."""
         return self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)

@@ -57,9 +57,7 @@ def test_a_conversation_becomes_a_prompt_by_the_tokenizer(tiny_model_dir: pathli
     async def main(llm: AsyncLLM) -> None:
         tokenizer = llm.tokenizer
         assert tokenizer is not None
-        assert tokenizer.chat_template is not None
-        text = tokenizer.chat_template.render(messages)
-        prompt = tokenizer.encode(text, add_special_tokens=False)
+        prompt = tokenizer.apply_chat_template(messages)
         *_, last = [output async for output in llm.generate(prompt, params)]
         assert last.outputs == offline.outputs
 

@@ -15,7 +15,8 @@ PAGES = sorted(
 )
 SHELLS = ("", "sh", "bash")
 _FENCE = re.compile(r"( *)```(\w*)")
-_COMMENT = re.compile(r"<!-- (not run: needs|not ours:) .+ -->")
+WITH_DEFAULT_MODEL = "<!-- run with the default model -->"
+_COMMENT = re.compile(rf"<!-- (not run: needs|not ours:) .+ -->|{WITH_DEFAULT_MODEL}")
 
 
 class Block(NamedTuple):

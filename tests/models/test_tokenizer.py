@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers, processors
 
 from jpaged_models.tokenizer import load_tokenizer
-from jpaged_models.weights import hub, open_checkpoint
+from jpaged_models.weights import TINY, hub, open_checkpoint
 from jpaged_models.weights.gguf_tokenizer import tokenizer_from_gguf
 from tests.models.tiny_files import write_json
 
@@ -49,6 +49,17 @@ def test_default_model_speaks_chatml():
     )
     assert tokenizer.encode(prompt)[0] == 1
     assert "<|im_" not in tokenizer.decode(tokenizer.encode(prompt))
+    conversation = [{"role": "user", "content": "Hi"}]
+    text = tokenizer.chat_template.render(conversation, add_generation_prompt=False)
+    ids = tokenizer.apply_chat_template(conversation, add_generation_prompt=False)
+    assert ids == tokenizer.encode(text, add_special_tokens=False)
+
+
+def test_a_tokenizer_without_a_template_writes_no_conversation():
+    tokenizer = open_checkpoint(TINY).tokenizer
+    assert tokenizer is not None
+    with pytest.raises(ValueError, match="has no chat template; write the prompt out and encode"):
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}])
 
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
