@@ -40,8 +40,7 @@ def convert(
     if dtype not in ("auto", *DTYPES):
         raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {dtype!r}")
     with contextlib.closing(open_checkpoint(source, revision=revision)) as checkpoint:
-        own = "bfloat16" if checkpoint.quantized else checkpoint.config.dtype
-        wanted = jnp.dtype(own if dtype == "auto" else dtype)
+        wanted = jnp.dtype(checkpoint.config.dtype if dtype == "auto" else dtype)
         tokenizer = checkpoint.tokenizer
         params = params_of(load_decoder(checkpoint, dtype=wanted))
         save_checkpoint(directory, params, checkpoint.config, tokenizer)

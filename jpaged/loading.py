@@ -120,7 +120,7 @@ def _plan(options: Options, checkpoint: Checkpoint, device: Device, backend: Bac
             f"max_model_len={limits.max_model_len} exceeds the model's context of {longest} "
             "tokens; lower it, or leave it out"
         )
-    weights_dtype = _dtype(options.dtype, checkpoint, device)
+    weights_dtype = _weights_dtype(options.dtype, config.dtype, device)
     pool_dtype = _pool_dtype(weights_dtype, device, backend)
     check_pool_of(
         backend,
@@ -222,13 +222,13 @@ def _temporaries(step: Step, buckets: Buckets) -> int:
     return analysis.temp_size_in_bytes + own + sum(s.size * s.dtype.itemsize for s in shape)
 
 
-def _dtype(name: str, checkpoint: Checkpoint, device: Device) -> DTypeLike:
-    """The dtype of the weights; "auto" depends on the device and the checkpoint."""
+def _weights_dtype(name: str, own: str, device: Device) -> DTypeLike:
+    """The dtype that `name` asks for; "auto" is the checkpoint's own where the device has it."""
     if name != "auto":
         return jnp.dtype(name)
     if device.platform == "cpu":
         return jnp.dtype("float32")
-    wanted = jnp.dtype("bfloat16" if checkpoint.quantized else checkpoint.config.dtype)
+    wanted = jnp.dtype(own)
     if device.platform == "tpu" and wanted == jnp.float16:
         return jnp.dtype("bfloat16")  # of 16 bits the only one that a TPU computes in
     capability = getattr(device, "compute_capability", None)

@@ -20,7 +20,5 @@ from jpaged import loading
     ],
 )
 def test_a_device_gets_a_dtype_that_it_computes_in(checkpoint: str, device: dict, expected: str):
-    config = types.SimpleNamespace(dtype=checkpoint)
-    opened = types.SimpleNamespace(quantized=False, config=config)
-    found = loading._dtype("auto", opened, types.SimpleNamespace(**device))  # pyright: ignore[reportArgumentType]
+    found = loading._weights_dtype("auto", checkpoint, types.SimpleNamespace(**device))  # pyright: ignore[reportArgumentType]
     assert found == expected

@@ -103,7 +103,6 @@ class SeededCheckpoint:
     config: ModelConfig
     shapes: dict[str, tuple[int, ...]]
     source: str
-    quantized: bool = False
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -39,7 +39,7 @@ def test_gguf_llama_gets_its_rows_of_q_and_k_back(tmp_path):
     opened = open_named_tensors(write_gguf(tmp_path / "m.gguf", "llama", LLAMA_VALUES, stored))
     assert_same(opened, tensors)
     assert (opened.config.qkv_bias, opened.config.output_bias) == (True, True)
-    assert not opened.quantized
+    assert opened.config.dtype == "float32"
 
 
 def test_gguf_llama_has_the_config_of_its_directory(tmp_path):
@@ -126,12 +126,12 @@ def test_gguf_is_dequantised_and_half_precision_widened(tmp_path):
     rng = np.random.default_rng(2)
     arrays = {name: rng.standard_normal(shape).astype("f4") for name, shape in tensors.items()}
     values = LLAMA_VALUES | {".embedding_length": 64, ".attention.key_length": H}
-    for kind, quantized, dtype, tolerance in [
-        (gguf.GGMLQuantizationType.F32, False, "float32", 0.0),
-        (gguf.GGMLQuantizationType.F16, False, "float16", 2e-3),
-        (gguf.GGMLQuantizationType.BF16, False, "bfloat16", 2e-2),
-        (gguf.GGMLQuantizationType.Q8_0, True, "bfloat16", 2e-2),
-        (gguf.GGMLQuantizationType.Q4_1, True, "bfloat16", 3e-1),
+    for kind, dtype, tolerance in [
+        (gguf.GGMLQuantizationType.F32, "float32", 0.0),
+        (gguf.GGMLQuantizationType.F16, "float16", 2e-3),
+        (gguf.GGMLQuantizationType.BF16, "bfloat16", 2e-2),
+        (gguf.GGMLQuantizationType.Q8_0, "bfloat16", 2e-2),
+        (gguf.GGMLQuantizationType.Q4_1, "bfloat16", 3e-1),
     ]:
         path = tmp_path / f"{kind.name}.gguf"
         stored = as_gguf_tensors(arrays)
@@ -141,7 +141,7 @@ def test_gguf_is_dequantised_and_half_precision_widened(tmp_path):
         array = opened.tensor("model.embed_tokens.weight")
         assert (array.dtype, array.shape) == (np.float32, (V, 64))
         assert np.abs(array - arrays["model.embed_tokens.weight"]).max() <= tolerance
-        assert (opened.quantized, opened.config.dtype) == (quantized, dtype)
+        assert opened.config.dtype == dtype
 
 
 @pytest.mark.parametrize("kind", list(gguf.GGMLQuantizationType), ids=lambda kind: kind.name)

@@ -27,7 +27,6 @@ class NamedTensors(Protocol):
 
     config: ModelConfig
     source: str  # what was loaded, for people
-    quantized: bool
 
     @property
     def tokenizer(self) -> Tokenizer | None:

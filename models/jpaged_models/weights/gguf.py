@@ -9,7 +9,7 @@ import numpy as np
 from jpaged_models.config import ModelConfig
 from jpaged_models.tokenizer import Tokenizer
 from jpaged_models.weights.gguf_config import ROPE_FREQS, architecture_of, config_from_gguf
-from jpaged_models.weights.gguf_file import PLAIN_TYPES, GGUFFile
+from jpaged_models.weights.gguf_file import GGUFFile
 from jpaged_models.weights.gguf_tokenizer import has_vocabulary, tokenizer_from_gguf
 
 LLAMA_NAMES = {
@@ -56,7 +56,6 @@ class GGUFCheckpoint:
         self._architecture = architecture_of(self._file)
         self.config: ModelConfig = config_from_gguf(self._file)
         kinds = {tensor.kind for tensor in self._file.tensors.values()}
-        self.quantized = any(kind.name not in PLAIN_TYPES for kind in kinds)
         _refuse_other_kinds(path, kinds)
         self._tokenizer: Tokenizer | None = None
         self._stored_names = _stored_names(self._file, self._architecture)

@@ -55,10 +55,18 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
         qk_norm="blk.0.attn_q_norm.weight" in file.tensors,
         activation="gelu_tanh" if is_gpt2 else "silu",
         layer_windows=(window,) * num_layers,
-        dtype=PLAIN_TYPES.get(file.tensors["token_embd.weight"].kind.name, "bfloat16"),
+        dtype=_dtype(file),
         bos_token_id=file.metadata.get("tokenizer.ggml.bos_token_id"),
         eos_token_ids=end_token_ids(file.metadata),
     )
+
+
+def _dtype(file: GGUFFile) -> str:
+    """The one that its table of embeddings is kept in; bfloat16 where any tensor is quantised."""
+    kinds = {tensor.kind.name for tensor in file.tensors.values()}
+    if not kinds <= PLAIN_TYPES.keys():
+        return "bfloat16"
+    return PLAIN_TYPES[file.tensors["token_embd.weight"].kind.name]
 
 
 def architecture_of(file: GGUFFile) -> str:

@@ -36,8 +36,6 @@ Keys = tuple[str, ...]  # from a tree's root to a leaf
 class OrbaxCheckpoint:
     """A directory that `save_checkpoint` has written."""
 
-    quantized = False
-
     def __init__(self, directory: pathlib.Path, *, source: str) -> None:
         self.directory = directory
         self.source = source

@@ -19,8 +19,6 @@ BUFFERS = re.compile(r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$")
 class SafetensorsCheckpoint:
     """A directory of safetensors files, opened and checked at once and read tensor by tensor."""
 
-    quantized = False
-
     def __init__(self, directory: pathlib.Path, *, source: str) -> None:
         self.directory = directory
         self.source = source
