@@ -5,6 +5,7 @@ params/          what Orbax saved, a tree of the decoder's parameters
 tokenizer.json, tokenizer_config.json, chat_template.jinja    where the model has them
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -58,14 +59,14 @@ class OrbaxCheckpoint:
         if not path.is_dir():
             raise ValueError(f"{self.source} has no {PARAMS}; is the copy complete?")
         wanted = _flat(abstract)
-        checkpointer = _checkpointer()
-        saved: Any = checkpointer.metadata(path).item_metadata
-        if saved is None:
-            raise ValueError(f"{path} is no checkpoint of Orbax; is the copy complete?")
-        self._check(wanted, _flat(saved.tree))
         restored: dict = {}
-        for part in parts(wanted, least_bytes=PART_BYTES, most_parts=MAX_PARTS):
-            restored |= _restore(checkpointer, path, part)
+        with _quiet_checkpointer() as checkpointer:
+            saved: Any = checkpointer.metadata(path).item_metadata
+            if saved is None:
+                raise ValueError(f"{path} is no checkpoint of Orbax; is the copy complete?")
+            self._check(wanted, _flat(saved.tree))
+            for part in parts(wanted, least_bytes=PART_BYTES, most_parts=MAX_PARTS):
+                restored |= _restore(checkpointer, path, part)
         by_own_keys = {keys: restored[_text(keys)] for keys in flatten_dict(abstract)}
         return unflatten_dict(by_own_keys)
 
@@ -106,7 +107,8 @@ def save_checkpoint(
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as folder:
         made = pathlib.Path(folder, directory.name)
         made.mkdir()
-        _checkpointer().save(made / PARAMS, unflatten_dict(_flat(params)))
+        with _quiet_checkpointer() as checkpointer:
+            checkpointer.save(made / PARAMS, unflatten_dict(_flat(params)))
         (made / PARAMS / "commit_success.txt").unlink(missing_ok=True)  # names the folder it was in
         (made / CONFIG_FILE).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
         if tokenizer is not None:
@@ -114,12 +116,21 @@ def save_checkpoint(
         made.rename(directory)
 
 
-def _checkpointer() -> "ocp.PyTreeCheckpointer":
-    """Orbax's, imported now: it takes as long as JAX does."""
+@contextlib.contextmanager
+def _quiet_checkpointer() -> Iterator["ocp.PyTreeCheckpointer"]:
+    """Orbax's, without its log of each array's layout and of each file.
+
+    Imported now: it takes as long as JAX does.
+    """
     import orbax.checkpoint as ocp
 
-    logging.getLogger("absl").setLevel(logging.ERROR)  # of each array's layout and of each file
-    return ocp.PyTreeCheckpointer()
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield ocp.PyTreeCheckpointer()
+    finally:
+        log.setLevel(level)
 
 
 def parts(
