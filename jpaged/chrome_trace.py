@@ -15,6 +15,9 @@ COUNTED = {
     "queue": ("waiting",),
     "blocks": ("blocks_used", "blocks_cached"),
     "tokens": ("tokens", "generated_tokens"),
+    "prefix hits": ("hit_tokens",),
+    "moved blocks": ("copied_blocks", "swapped_out_blocks", "swapped_in_blocks"),
+    "preemptions": ("preemptions",),
 }
 MICROSECONDS = 1e6
 
@@ -24,11 +27,22 @@ def save_trace(steps: Sequence[StepRecord], path: str | os.PathLike) -> None:
 
     A step is a slice, and in it what the host did: `schedule` and `send` of the steps that it gave
     to the device, `wait` for the oldest in flight, `commit` of its tokens. While the host waits,
-    the device computes; a `wait` of no length says that the device had to wait for the host.
+    the device computes; a `wait` of no length says that the device had to wait for the host. The
+    counters beside it hold a step's figures from its beginning to the next one's.
+
+    Args:
+        steps: the list that `with llm.trace() as steps` gives.
+        path: of the file, which is written over.
 
     Raises:
+        TypeError: `steps` is no such list.
         OSError: the file cannot be written.
     """
+    if not isinstance(steps, Sequence) or not all("schedule_seconds" in step for step in steps):
+        raise TypeError(
+            "steps must be what `with llm.trace() as steps` gives, a list of dicts; got "
+            f"{type(steps).__name__}"
+        )
     document = {"traceEvents": list(_events(steps)), "displayTimeUnit": "ms"}
     pathlib.Path(path).write_text(json.dumps(document), encoding="utf-8")
 
@@ -37,7 +51,7 @@ def _events(steps: Sequence[StepRecord]) -> Iterator[dict[str, Any]]:
     yield _event("M", "process_name", args={"name": "jpaged"})
     yield _event("M", "thread_name", args={"name": "host"})
     for step in steps:
-        start = step["time"] - step["seconds"]
+        begun = start = step["time"] - step["seconds"]
         figures = {name: step[name] for names in COUNTED.values() for name in names}
         yield _slice(f"step {step['step']}", start, step["seconds"], args=figures)
         for phase in PHASES:
@@ -47,7 +61,7 @@ def _events(steps: Sequence[StepRecord]) -> Iterator[dict[str, Any]]:
             start += seconds
         for name, keys in COUNTED.items():
             counts = {key: step[key] for key in keys}
-            yield _event("C", name, ts=step["time"] * MICROSECONDS, args=counts)
+            yield _event("C", name, ts=begun * MICROSECONDS, args=counts)
 
 
 def _slice(name: str, start: float, seconds: float, **more: Any) -> dict[str, Any]:

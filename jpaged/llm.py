@@ -268,12 +268,13 @@ class LLM:
         between an optimizer's update and the next rollout.
 
         Args:
-            params: a decoder, or nested dicts of arrays as `jpaged_models.params_of(decoder)`
-                gives them, on the host or a device. They are copied and cast to the engine's dtype.
+            params: a decoder, its `nnx.state(decoder, nnx.Param)`, or nested dicts of arrays as
+                `jpaged_models.params_of(decoder)` gives them, on the host or a device. They are
+                copied and cast to the engine's dtype.
 
         Raises:
-            ValueError: a parameter is missing, unknown, deleted or of another shape; nothing has
-                changed.
+            ValueError: a parameter is missing, unknown, deleted, of another shape or no floats;
+                nothing has changed.
             TypeError: they are no arrays, or not in dicts.
         """
         self._desk.update_weights(params)

@@ -113,7 +113,7 @@ class _Plan:
 def _plan(options: Options, checkpoint: Checkpoint, device: Device, backend: Backend) -> _Plan:
     """Raises ValueError for what the model or the device does not allow."""
     config = checkpoint.config
-    longest = config.max_position_embeddings
+    longest = config.context_length
     limits = options.limits(platform=device.platform, longest=longest)
     if limits.max_model_len > longest:
         raise ValueError(

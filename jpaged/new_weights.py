@@ -17,16 +17,18 @@ def checked_params(params: Any, abstract: nnx.State) -> nnx.State:
     """The parameters in the place of `abstract`'s shapes and dtypes; nothing is copied yet.
 
     Args:
-        params: a decoder, or nested dicts of arrays as `params_of` gives them; layers may be
-            numbered by text, as in a checkpoint.
+        params: a decoder, its `nnx.state(decoder, nnx.Param)`, or nested dicts of arrays as
+            `params_of` gives them; layers may be numbered by text, as in a checkpoint.
         abstract: what the engine's programs take.
 
     Raises:
-        ValueError: a parameter is missing, unknown, deleted or of another shape.
+        ValueError: a parameter is missing, unknown, deleted, of another shape or no floats.
         TypeError: it is no such thing.
     """
     if isinstance(params, nnx.Module):
         params = params_of(cast(Decoder, params))
+    if isinstance(params, nnx.State):
+        params = nnx.to_pure_dict(params)
     if not isinstance(params, Mapping):
         raise TypeError(
             f"params must be a decoder or nested dicts of arrays, got {type(params).__name__}"
@@ -69,6 +71,8 @@ def _checked(wanted: dict, given: Mapping, path: str) -> dict:
                 f"params{where} was deleted, as a training step that is given it may do; pass the "
                 "parameters that it gave back"
             )
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise ValueError(f"params{where} must hold floats, got {value.dtype}")
         if value.shape != spec.shape:
             raise ValueError(
                 f"params{where} must have the shape {spec.shape}, got {value.shape}; "

@@ -8,10 +8,19 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from jpaged_models.tokenizer import Tokenizer
 
 END = "<|endoftext|>"  # id 0
+NUM_BYTES = 256
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
-    """The tokenizer with the `vocab_size` most useful tokens; any text can be encoded."""
+    """The tokenizer with the `vocab_size` most useful tokens; any text can be encoded.
+
+    Raises ValueError for a `vocab_size` that has no room for every byte and `END`.
+    """
+    if vocab_size <= NUM_BYTES:
+        raise ValueError(
+            f"vocab_size must be at least {NUM_BYTES + 1}, for every byte and one end, got "
+            f"{vocab_size}"
+        )
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

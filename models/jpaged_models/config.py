@@ -78,6 +78,15 @@ class ModelConfig:
             raise ValueError(f"dtype must be one of {listed(DTYPES)}, got {self.dtype!r}")
 
     @property
+    def context_length(self) -> int:
+        """Tokens of the longest text: published configs of yarn may have it before stretching."""
+        scaling = self.rope_scaling
+        if scaling is None or scaling.kind != "yarn":
+            return self.max_position_embeddings
+        stretched = round(scaling.factor * scaling.original_max_position_embeddings)
+        return max(stretched, self.max_position_embeddings)
+
+    @property
     def group_size(self) -> int:
         """Query heads for each key/value head."""
         return self.num_heads // self.num_kv_heads

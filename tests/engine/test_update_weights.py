@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from jpaged import LLM, AsyncLLM, EngineFailedError, SamplingParams, runner
-from jpaged_models import load_decoder, open_checkpoint, params_of
+from jpaged_models import Decoder, load_decoder, open_checkpoint, params_of
 from jpaged_models.dense import dense_logits
 from tests.models.tiny_files import V, llama_tensors, write_directory
 
@@ -33,8 +33,12 @@ def folders(tmp_path: pathlib.Path) -> list[pathlib.Path]:
     return [write_directory(tmp_path / name, llama_tensors(seed)) for seed, name in enumerate("ab")]
 
 
+def decoder_in(folder: pathlib.Path) -> Decoder:
+    return load_decoder(open_checkpoint(folder), dtype=jnp.float32)
+
+
 def params_in(folder: pathlib.Path) -> dict:
-    return params_of(load_decoder(open_checkpoint(folder), dtype=jnp.float32))
+    return params_of(decoder_in(folder))
 
 
 def answers(llm: LLM) -> list[list[int]]:
@@ -54,7 +58,7 @@ def test_outputs_are_a_fresh_engines_and_nothing_compiles(folders: list[pathlib.
         assert answers(llm) == before
         compiles = llm.stats().compiles
         for folder, expected in ((folders[1], after), (folders[0], before)):
-            llm.update_weights(params_in(folder))
+            llm.update_weights(nnx.state(decoder_in(folder), nnx.Param))
             assert llm.stats().blocks_cached == 0, "cached keys are the old parameters'"
             assert answers(llm) == expected
         assert llm.stats().compiles == compiles
@@ -88,6 +92,10 @@ def _with_one_column_less(params: dict) -> dict:
     return params | {"embedding": params["embedding"][:, 1:]}
 
 
+def _in_words(params: dict) -> dict:
+    return params | {"embedding": np.full(params["embedding"].shape, "a")}
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -97,6 +105,7 @@ def _with_one_column_less(params: dict) -> dict:
         (lambda params: params | {"embedding": 3}, TypeError, r"must be an array, got int"),
         (lambda params: params | {"norm": 3}, TypeError, r"\['norm'\] must be a dict, got int"),
         (lambda _: [3], TypeError, "nested dicts of arrays, got list"),
+        (_in_words, ValueError, r"\['embedding'\] must hold floats, got <U1"),
     ],
 )
 def test_parameters_of_another_model_are_refused_and_nothing_changes(

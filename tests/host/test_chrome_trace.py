@@ -1,7 +1,9 @@
 """A trace of steps as a file for a timeline viewer."""
 
+import contextlib
 import json
 import pathlib
+from typing import Any
 
 import pytest
 
@@ -56,6 +58,18 @@ def test_counts_are_those_of_the_records(tmp_path: pathlib.Path):
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     blocks = [event["args"] for event in events if (event["ph"], event["name"]) == ("C", "blocks")]
     assert [b["blocks_used"] for b in blocks] == [record["blocks_used"] for record in steps]
+    counters = [event for event in events if event["ph"] == "C"]
+    assert {event["ts"] for event in counters} == {1e6 * (100 * i + 10) for i in range(len(steps))}
+    assert len({event["name"] for event in counters}) * len(steps) == len(counters)
+
+
+@pytest.mark.parametrize("wrong", [3, [{"time": 1.0}], contextlib.nullcontext()])
+def test_what_is_no_trace_is_refused(wrong: Any, tmp_path: pathlib.Path):
+    with pytest.raises(
+        TypeError, match=r"what `with llm\.trace\(\) as steps` gives, a list of dic"
+    ):
+        save_trace(wrong, tmp_path / "trace.json")
+    assert not (tmp_path / "trace.json").exists()
 
 
 def test_an_empty_trace_is_a_file_too(tmp_path: pathlib.Path):

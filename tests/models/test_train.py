@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 import subprocess
 import sys
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jpaged_models import params_of, random_decoder
 from jpaged_models.bpe import END, train_tokenizer
 from jpaged_models.dense import dense_logits
 from jpaged_models.llama import Llama
-from jpaged_models.train import TrainConfig, held_out_loss, train
+from jpaged_models.training import TrainConfig, held_out_loss, train
 from tests.helpers import (
     TOLERANCES,
     assert_close,
@@ -93,12 +93,41 @@ def test_a_folder_goes_on_with_the_run_that_it_was_begun_with_alone(tmp_path: pa
         next(train(model_of(qk_norm=True), COUNTING, CONFIG, folder=tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"batch_size": -2}, "batch_size must be at least 1, got -2"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0"),
+        ({"weight_decay": float("nan")}, "weight_decay must be at least 0, got nan"),
+        ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, got 'int8'"),
+    ],
+)
+def test_options_of_training_are_checked_when_they_are_given(wrong: dict[str, Any], words: str):
+    with pytest.raises(ValueError, match=words):
+        TrainConfig(**{"steps": 3, **wrong})
+
+
+def test_text_that_does_not_fit_the_network_is_refused_at_once():
+    with pytest.raises(ValueError, match="more tokens than seq_len=16, got 16; give a longer text"):
+        train(model_of(), COUNTING[:16], CONFIG)
+    with pytest.raises(ValueError, match="token ids from 0 to 52, got 0 to 53; the tokenizer"):
+        train(model_of(), np.arange(54, dtype=np.int32), CONFIG)
+    with pytest.raises(ValueError, match="more tokens than seq_len=16, got 3"):
+        held_out_loss(model_of(), COUNTING[:3], 3, seq_len=16)
+
+
 def test_bfloat16_trains_too():
     model = model_of()
     config = TrainConfig(steps=30, batch_size=4, seq_len=16, learning_rate=1e-2, dtype="bfloat16")
     losses = [loss for _, loss in train(model, COUNTING, config)]
     assert losses[-1] < losses[0] - 0.5
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params_of(model)))
+
+
+def test_a_vocabulary_has_room_for_every_byte():
+    with pytest.raises(ValueError, match=r"vocab_size must be at least 257, .* got 256"):
+        train_tokenizer(["a b"], vocab_size=256)
 
 
 def test_a_tokenizer_gives_back_any_text():
@@ -119,6 +148,9 @@ def test_the_command_trains_a_model_that_an_llm_serves(tmp_path: pathlib.Path):
     )
     assert done.returncode == 0, done.stderr
     assert "held out: " in done.stdout
+    again = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+    assert again.returncode == 2
+    assert "model is there already; name another --out" in again.stderr
     with LLM(tmp_path / "out" / "model", warm_up=False, use_tqdm=False, num_blocks=9) as llm:
         (output,) = llm.generate("the sun", use_tqdm=False)
     assert output.finished

@@ -69,6 +69,21 @@ def test_turns_and_their_factor_are_transformers(
     np.testing.assert_allclose(rotary.sin, np.sin(angles) * factor, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize(
+    ("rope", "positions", "context"),
+    [
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24}, 24, 96),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24}, 96, 96),
+        ({"rope_type": "yarn", "factor": 2.5}, 24, 60),
+        ({"rope_type": "linear", "factor": 4.0}, 96, 96),
+        (None, 96, 96),
+    ],
+)
+def test_the_context_is_what_yarn_stretches_it_to(rope: dict, positions: int, context: int):
+    raw = LLAMA_CONFIG | {"max_position_embeddings": positions, "rope_scaling": rope}
+    assert config_from_hf(raw).context_length == context
+
+
 def test_a_factor_that_is_not_given_is_the_ratio_of_the_contexts():
     rope = {"rope_type": "yarn", "original_max_position_embeddings": 24}
     scaling = config_from_hf(LLAMA_CONFIG | {"rope_scaling": rope}).rope_scaling

@@ -21,7 +21,7 @@ from jpaged import marks
 FOLDER = pathlib.Path(__file__).parents[2] / "colab"
 NOTEBOOKS = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
 FRONT_DOORS = {"jpaged", "jpaged_models", "pallas_kernels"}
-OF_TRAINING = {"jpaged_models.bpe", "jpaged_models.train"}
+OF_TRAINING = {"jpaged_models.bpe", "jpaged_models.training"}
 MAX_LINES = 25  # of a cell, but for the one that installs
 SECONDS = 300  # for a whole notebook, on two cores
 

@@ -66,9 +66,21 @@ class OrbaxCheckpoint:
                 raise ValueError(f"{path} is no checkpoint of Orbax; is the copy complete?")
             self._check(wanted, _flat(saved.tree))
             for part in parts(wanted, least_bytes=PART_BYTES, most_parts=MAX_PARTS):
-                restored |= _restore(checkpointer, path, part)
+                restored |= self._restored(checkpointer, path, part)
         by_own_keys = {keys: restored[_text(keys)] for keys in flatten_dict(abstract)}
         return unflatten_dict(by_own_keys)
+
+    def _restored(
+        self, checkpointer: "ocp.PyTreeCheckpointer", path: pathlib.Path, part: dict[Keys, Any]
+    ) -> dict[Keys, Array]:
+        try:
+            return _restore(checkpointer, path, part)
+        except Exception as error:  # of Orbax, TensorStore or the system
+            first_line = str(error).partition("\n")[0]
+            raise ValueError(
+                f"{path} cannot be read ({type(error).__name__}: {first_line:.200}); is the copy "
+                "complete?"
+            ) from error
 
     def _check(self, wanted: dict[Keys, Any], saved: dict[Keys, Any]) -> None:
         """Before Orbax, which would say it of whatever array it came to first."""
