@@ -28,7 +28,8 @@ class Ahead:
     def finish(self, *, progress: bool) -> dict[Program, jax.stages.Compiled]:
         """Waits for all of them; what one failed with is raised here."""
         try:
-            bar = tqdm(self._compiled.items(), "compiling", disable=not progress, leave=False)
+            is_silent = not (progress and self._compiled)  # a bar of nothing never goes away
+            bar = tqdm(self._compiled.items(), "compiling", disable=is_silent, leave=False)
             return {program: compiled.result() for program, compiled in bar}
         except BaseException:  # an interrupt should not wait for what has not begun
             self.cancel()

@@ -139,7 +139,7 @@ def _add_convert(commands: Any) -> None:
         "Orbax keeps it: parameters in the decoder's own layout, with config and tokenizer.",
         allow_abbrev=False,
     )
-    convert.add_argument("source", metavar="SOURCE", help=_SOURCE_HELP)
+    convert.add_argument("source", nargs="?", metavar="SOURCE", help=_MODEL_HELP)
     convert.add_argument("directory", metavar="DEST", help="a directory that is not there yet")
     convert.add_argument("--revision", metavar="REV", help="branch, tag or commit on the hub")
     convert.add_argument(

@@ -41,8 +41,9 @@ class LLM:
             or "tiny", a small model that comes along; by default SmolLM2-135M-Instruct, from its
             data package where that is installed.
         revision: a branch, tag or commit on the hub.
-        dtype: "float32", "bfloat16", "float16", or "auto": float32 on a CPU, else the
-            checkpoint's (bfloat16 for a quantised file, float16 where a GPU has no bfloat16).
+        dtype: "float32", "bfloat16", "float16", such a dtype itself, or "auto": float32 on a CPU,
+            else the checkpoint's (bfloat16 for a quantised file, float16 where a GPU has no
+            bfloat16).
         block_size: token positions a block, a power of two from 8 to 128; 16 by default.
         num_blocks: blocks in the pool, the null block counted; by default what memory allows.
         memory_fraction: the share of an accelerator's memory that may be used in all;

@@ -3,6 +3,8 @@
 import dataclasses
 import os
 
+import numpy as np
+
 from jpaged.config import EngineConfig
 from jpaged.params import checked_flag, checked_float, checked_seed, checked_text
 
@@ -43,8 +45,7 @@ class Options:
             raise TypeError(f"model must be a path, a hub id or None, got {self.model!r}")
         if self.revision is not None:
             checked_text("revision", self.revision)
-        if checked_text("dtype", self.dtype) not in DTYPES:
-            raise ValueError(f"dtype must be one of {DTYPES}, got {self.dtype!r}")
+        object.__setattr__(self, "dtype", _dtype_name(self.dtype))
         checked_text("attention_backend", self.attention_backend)
         fraction = _memory_fraction(self.memory_fraction, gpu_memory_utilization)
         object.__setattr__(self, "memory_fraction", fraction)
@@ -69,6 +70,15 @@ class Options:
             enable_prefix_caching=self.enable_prefix_caching,
             async_scheduling=self.async_scheduling,
         )
+
+
+def _dtype_name(value: object) -> str:
+    """The name of a dtype, or "auto"; `jnp.bfloat16` and NumPy's own will do."""
+    is_dtype = isinstance(value, type | np.dtype)
+    name = np.dtype(value).name if is_dtype else checked_text("dtype", value)
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be one of {DTYPES}, got {name!r}")
+    return name
 
 
 def _memory_fraction(given: float | None, given_as_vllm: float | None) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from jpaged import LLM, SamplingParams, cli
+from jpaged.cli_options import parse
 from tests.helpers import LLM_OPTIONS
 
 SMALL = ["--num-blocks", "31", "--max-num-seqs", "3", "--max-num-batched-tokens", "20", "--quiet"]
@@ -179,6 +180,13 @@ def test_help_loads_no_jax():
 
 def generate(directory: pathlib.Path, *arguments: str) -> int:
     return cli.main(["generate", "--model", str(directory), *SMALL, *arguments])
+
+
+def test_convert_takes_the_default_model_where_none_is_named():
+    found = parse(["convert", "dest"])
+    assert (found.source, found.directory) == (None, "dest")
+    found = parse(["convert", "there", "dest", "--dtype", "float32"])
+    assert (found.source, found.directory) == ("there", "dest")
 
 
 def test_convert_writes_a_model_that_every_command_takes(tiny_model_dir, tmp_path, capsys):

@@ -6,12 +6,14 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jpaged
 from jpaged import LLM, AsyncLLM
 from jpaged.llm import check_options
+from jpaged.options import Options
 from tests.helpers import ANY_KIND
 
 TAKEN_KINDS = {  # of `ANY_KIND`, by those options that take any
@@ -57,6 +59,14 @@ def test_an_option_of_the_wrong_type_is_refused_by_name(name: str, kind: str):
             continue
         with pytest.raises((TypeError, ValueError) if ranged else TypeError, match=name):
             make(**{name: ANY_KIND[kind]})
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.dtype("bfloat16"), "bfloat16"])
+def test_a_dtype_may_be_jaxs_own(dtype: Any):
+    defaults = {p.name: p.default for p in inspect.signature(LLM).parameters.values()}
+    assert Options(**defaults | {"dtype": dtype}).dtype == "bfloat16"
+    with pytest.raises(ValueError, match=r"dtype must be one of .* got 'int8'"):
+        check_options({"dtype": np.int8})
 
 
 @pytest.mark.usefixtures("_no_model")

@@ -167,7 +167,7 @@ def test_a_hub_that_cannot_be_reached_is_an_os_error_that_names_other_ways(monke
     cause = errors.LocalEntryNotFoundError("no connection\nand more")
     refuse_download(monkeypatch, cause)
     with pytest.raises(
-        OSError, match=r"no connection\); .*pass a directory .* or a \.gguf"
+        OSError, match=r"no connection\); .*pass a directory .* a \.gguf file, or 'tiny'"
     ) as info:
         open_named_tensors("someone/tiny")
     assert info.value.__cause__ is cause

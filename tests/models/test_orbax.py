@@ -146,6 +146,8 @@ def test_nothing_is_written_over(tmp_path: pathlib.Path):
     (tmp_path / "model" / "mine").write_text("")
     with pytest.raises(ValueError, match="model is not empty; name a directory that is not there"):
         saved(tmp_path / "model", tiny_config())
+    with pytest.raises(ValueError, match="mine is a file; name a directory that is not there yet"):
+        saved(tmp_path / "model" / "mine", tiny_config())
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "mine"]
 
 

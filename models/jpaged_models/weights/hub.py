@@ -50,7 +50,7 @@ def download(model_id: str, *, revision: str | None = None) -> Found:
         raise OSError(
             f"there is no directory {model_id!r} here, and {wanted!r} could not be fetched from "
             f"the Hugging Face hub ({_first_line(error)}); check the network, or pass a "
-            "directory in Hugging Face's layout or a .gguf file"
+            "directory in Hugging Face's layout, a .gguf file, or 'tiny', which comes along"
         ) from error
     snapshot = pathlib.Path(directory)
     return Found(snapshot, f"{model_id}@{snapshot.name}")

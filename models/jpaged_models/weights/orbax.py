@@ -108,11 +108,12 @@ def save_checkpoint(
         tokenizer: the model's, where it has one.
 
     Raises:
-        ValueError: there is something in `directory`.
+        ValueError: there is something in `directory`, or it is a file.
     """
     directory = pathlib.Path(directory).expanduser().resolve()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ValueError(f"{directory} is not empty; name a directory that is not there yet")
+        what = "not empty" if directory.is_dir() else "a file"
+        raise ValueError(f"{directory} is {what}; name a directory that is not there yet")
     directory.parent.mkdir(parents=True, exist_ok=True)
     dtype = str(jax.tree.leaves(params)[0].dtype)
     fields = dataclasses.asdict(dataclasses.replace(config, dtype=dtype))
