@@ -17,7 +17,7 @@ PYTEST := -m pytest -q -n 2 --dist loadfile --max-worker-restart=0
 # No device plugin is wanted here, and the same results everywhere.
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help demo test test-parity test-kernels test-notebooks gpu-aot gpu-check docs lint format clean
+.PHONY: help demo test test-parity test-kernels test-notebooks gpu-aot gpu-check docs release lint format clean
 
 help:
 	@echo "make demo          install jpaged and its default model, generate several prompts at once"
@@ -28,6 +28,7 @@ help:
 	@echo "make gpu-check     checks and measures everything that needs an NVIDIA GPU, on a machine with one"
 	@echo "make gpu-aot       lets the tests compile for GPUs, without one (180 MB)"
 	@echo "make docs          the documentation site, into build/site"
+	@echo "make release       wheel and sdist into dist/, the wheel tried in an empty environment"
 	@echo "make lint          ruff, pyright, import-linter"
 
 demo: $(VENV)/installed
@@ -64,6 +65,21 @@ docs: $(DOCS_VENV)/installed
 	@echo "== documentation, into build/site"
 	PATH="$(CURDIR)/$(DOCS_VENV)/bin:$$PATH" NO_MKDOCS_2_WARNING=1 \
 		$(DOCS_VENV)/bin/mkdocs build --quiet --strict
+
+# As somebody has it who installs the wheel into an empty environment, without a network.
+release:
+	@echo "== wheel and sdist, and the wheel tried"
+	rm -rf dist build/release
+	$(PYTHON) -m venv build/release/tools
+	build/release/tools/bin/python -m pip install --quiet --disable-pip-version-check build twine
+	build/release/tools/bin/python -m build > build/release/log
+	build/release/tools/bin/twine check dist/*
+	$(PYTHON) -m venv build/release/empty
+	start=$$(date +%s); \
+	build/release/empty/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl && \
+	(cd build/release && HF_HUB_OFFLINE=1 HF_HOME="$$PWD" XDG_CACHE_HOME="$$PWD" \
+		empty/bin/jpaged generate "In the beginning" --model tiny --max-tokens 20 --quiet) && \
+	echo "== $$(($$(date +%s) - start)) s from pip install to the end of the first text"
 
 lint: $(DEV_VENV)/installed
 	@echo "== ruff, pyright, import-linter"

@@ -147,7 +147,7 @@ QUOTES: list[tuple[str, Quote]] = [
     *(("docs/when.md", quote) for quote in (attention, one_row, alike_prompts, several_answers)),
     *(("docs/when.md", quote) for quote in (arrivals, one_user, many_requests)),
     ("docs/benchmarks.md", served),
-    ("docs/models.md", loading),
+    ("docs/howto/weights.md", loading),
 ]
 
 
