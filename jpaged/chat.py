@@ -1,6 +1,7 @@
 """A conversation in the terminal: `jpaged chat`."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -8,8 +9,12 @@ from typing import Any
 from jpaged.errors import JpagedError
 from jpaged.llm import LLM
 from jpaged.params import SamplingParams
+from jpaged_models import DEFAULT_MODEL, Tokenizer, open_checkpoint
 
-HELP = "Ctrl-C stops an answer; /reset forgets the conversation; /exit, or Ctrl-D, ends it."
+HELP = (
+    "Ctrl-C stops an answer, or clears the line; /reset forgets the conversation; /help says this; "
+    "/exit, or Ctrl-D, ends it."
+)
 PROMPT = "> "
 
 Message = dict[str, str]
@@ -19,12 +24,9 @@ class Chat:
     """A history, and the model's answers to it."""
 
     def __init__(self, llm: LLM, params: SamplingParams, system: str | None = None) -> None:
-        if llm.tokenizer is None or llm.tokenizer.chat_template is None:
-            raise ValueError(
-                f"{llm.model_source} has no chat template, so it knows no conversation; "
-                "`jpaged generate PROMPT --stream` continues a text"
-            )
+        self._limits = llm.engine.scheduler.config
         self._llm = llm
+        self._tokenizer = _checked(llm.tokenizer, llm.model_source)
         self._params = params
         self._system: list[Message] = [] if system is None else [_message("system", system)]
         self.history: list[Message] = []
@@ -39,34 +41,36 @@ class Chat:
         What was written when somebody interrupts is remembered too, the interrupt ends here. What
         is refused, or fails, leaves the history as it was.
         """
-        before = list(self.history)
-        self.history.append(_message("user", text))
         pieces: list[str] = []
-        try:
-            self._shorten()
+        messages = self._fitting([*self.history, _message("user", text)])
+        with contextlib.suppress(KeyboardInterrupt):
             # Closed here and not when it is collected: that frees the blocks.
-            stream: Any = self._llm.stream(self._tokens(), self._params)
+            stream: Any = self._llm.stream(self._tokens(messages), self._params)
             with contextlib.closing(stream):
                 for delta in stream:
                     pieces.append(delta.text)
                     write(delta.text)
-        except KeyboardInterrupt:
-            pass
-        except BaseException:
-            self.history = before
-            raise
-        self.history.append(_message("assistant", "".join(pieces)))
+        # At once: a second interrupt leaves no question without an answer.
+        self.history = [*messages, _message("assistant", "".join(pieces))]
 
-    def _shorten(self) -> None:
-        """Drops the oldest question with its answer while question and answer do not fit."""
-        longest = self._llm.engine.scheduler.config.max_model_len
+    def _fitting(self, messages: list[Message]) -> list[Message]:
+        """Without the oldest questions and their answers, where all leave no room for another."""
+        limits = self._limits
+        # A pool may be smaller than the context. The last token's keys and values are never held.
+        longest = min(limits.max_model_len, (limits.num_blocks - 1) * limits.block_size + 1)
         room = min(self._params.max_tokens or 1, longest // 2)
-        while len(self._tokens()) + room > longest and len(self.history) > 1:
-            del self.history[:2]
+        while len(self._tokens(messages)) + room > longest and len(messages) > 1:
+            messages = messages[2:]
+        return messages
 
-    def _tokens(self) -> list[int]:
-        assert self._llm.tokenizer is not None, "looked at first"
-        return self._llm.tokenizer.apply_chat_template([*self._system, *self.history])
+    def _tokens(self, messages: list[Message]) -> list[int]:
+        return self._tokenizer.apply_chat_template([*self._system, *messages])
+
+
+def check_model(model: str | os.PathLike | None, *, revision: str | None = None) -> None:
+    """Raises ValueError where the model has no chat template; loads no weights."""
+    with contextlib.closing(open_checkpoint(model, revision=revision)) as checkpoint:
+        _checked(checkpoint.tokenizer, checkpoint.source)
 
 
 def run(chat: Chat) -> None:
@@ -78,17 +82,25 @@ def run(chat: Chat) -> None:
     while True:
         try:
             text = input(PROMPT if is_terminal else "").strip()
-        except (EOFError, KeyboardInterrupt):
+            if text == "/exit":
+                return
+            _obey(chat, text)
+        except EOFError:
             print(file=sys.stderr)
             return
-        if text == "/exit":
-            return
-        if text == "/reset":
-            chat.reset()
-        elif text.startswith("/"):
-            print(HELP, file=sys.stderr)
-        elif text:
-            _answer(chat, text)
+        except KeyboardInterrupt:  # at the prompt, or a second one right after an answer's
+            if not sys.stdin.isatty():
+                raise
+            print(file=sys.stderr)
+
+
+def _obey(chat: Chat, text: str) -> None:
+    if text == "/reset":
+        chat.reset()
+    elif text == "/help":
+        print(HELP, file=sys.stderr)
+    elif text:
+        _answer(chat, text)
 
 
 def _answer(chat: Chat, text: str) -> None:
@@ -97,6 +109,15 @@ def _answer(chat: Chat, text: str) -> None:
     except (ValueError, TypeError, JpagedError) as error:  # it is too long, say
         print(f"jpaged: {error}", file=sys.stderr)
     print()
+
+
+def _checked(tokenizer: Tokenizer | None, source: str) -> Tokenizer:
+    if tokenizer is None or tokenizer.chat_template is None:
+        raise ValueError(
+            f"{source} has no chat template, so it knows no conversation; leave MODEL out for "
+            f"{DEFAULT_MODEL}, or continue a text with `jpaged generate PROMPT --stream`"
+        )
+    return tokenizer
 
 
 def _message(role: str, content: str) -> Message:

@@ -140,29 +140,36 @@ def _chat(args: argparse.Namespace) -> None:
     from jpaged import chat
 
     params = _params(args)
+    chat.check_model(args.model, revision=args.revision)  # before anything takes its time
     with _open_llm(args, warm_up=False) as llm:
         chat.run(chat.Chat(llm, params, args.system))
 
 
 def _top(args: argparse.Namespace) -> None:
-    from jpaged import top
+    from jpaged import top, top_load
 
     for name in ("rounds", "max_tokens"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(args, name)}")
-    if args.prompts_file is None:
-        prompts = [question for question, _ in DEMO_QUESTIONS] * args.rounds
-    else:
-        prompts = _prompts(args) * args.rounds
-    # Answers of all lengths, so that rows end and others start.
-    params = [
-        SamplingParams(seed=i, max_tokens=max(1, args.max_tokens * (i % 8 + 1) // 8))
-        for i in range(len(prompts))
-    ]
-    with _open_llm(args, warm_up=True) as llm:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    lines = None if args.prompts_file is None else _prompts(args)
+    with _open_llm(args, warm_up=False) as llm:
         limits = llm.engine.scheduler.config
-        at_once = min(2 * limits.max_num_seqs, limits.max_waiting)
-        top.run(llm, prompts, params, at_once=at_once)
+        if lines is None:
+            questions = top_load.demo_questions(llm, [question for question, _ in DEMO_QUESTIONS])
+            rounds, max_answers = args.rounds, min(max(top_load.NUM_ANSWERS), limits.max_waiting)
+        else:
+            questions = [top_load.Question(line, line) for line in lines]
+            rounds, max_answers = args.rounds or 1, 1
+        top_load.check(llm, questions, max_tokens=args.max_tokens)
+        llm.engine.runner.warm_up(progress=True)  # not before that: it takes its time
+        top.run(
+            llm,
+            top_load.load_of(
+                questions, max_tokens=args.max_tokens, rounds=rounds, max_answers=max_answers
+            ),
+            at_once=min(2 * limits.max_num_seqs, limits.max_waiting // max_answers),
+        )
 
 
 _COMMANDS = {

@@ -93,31 +93,39 @@ def _add_chat(commands: Any) -> None:
     chat = commands.add_parser(
         "chat",
         help="talk with a model in the terminal",
-        description="A conversation: answers appear as they are written, Ctrl-C stops only the "
-        "answer. What no longer fits the model's context is forgotten, the oldest first.",
+        description="A conversation: answers appear as they are written. Ctrl-C stops an answer "
+        "or clears the line, Ctrl-D ends it all; /help tells the rest. What no longer fits the "
+        "model's context is forgotten, the oldest first.",
         allow_abbrev=False,
     )
     chat.add_argument("model", nargs="?", metavar="MODEL", help=_MODEL_HELP)
     chat.add_argument("--system", metavar="TEXT", help="the system message")
     _add_sampling(chat, max_tokens=CHAT_MAX_TOKENS)
     _add_revision(chat)
-    _add_engine(chat)
-    chat.set_defaults(parser=chat)
+    # A conversation is one sequence: they have no say, and the pool needs room for one context.
+    _add_engine(chat, without=("--swap-space", "--max-num-seqs", "--max-waiting"))
+    chat.set_defaults(parser=chat, max_num_seqs=1)
 
 
 def _add_top(commands: Any) -> None:
     top = commands.add_parser(
         "top",
         help="watch the pool while prompts are generated",
-        description="Draws the pool of blocks live: each sign is a block, its height what it "
-        "holds, its colour whose it is, underlined where several share it.",
+        description="Draws the pool of blocks live. A bar is a block in use: its height is what it "
+        "holds, its colour whose it is, underlined where several share it. ~ is kept for prompts "
+        "that begin alike, · is empty, x takes what padding writes. Ctrl-C ends it.",
         allow_abbrev=False,
     )
     top.add_argument(
-        "--prompts-file", metavar="FILE", help="prompts, one a line; - reads stdin (questions)"
+        "--prompts-file",
+        metavar="FILE",
+        help="prompts, one a line; - reads stdin (its own questions)",
     )
     top.add_argument(
-        "--rounds", type=int, metavar="N", default=8, help="how often all prompts come (8)"
+        "--rounds",
+        type=int,
+        metavar="N",
+        help="how often all prompts come (its own until Ctrl-C, a file's once)",
     )
     top.add_argument(
         "--max-tokens",
@@ -170,7 +178,7 @@ def _add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int = MAX_TOKE
     def add(flag: str, kind: type, metavar: str, text: str, default: Any = None) -> None:
         group.add_argument(flag, type=kind, metavar=metavar, help=text, default=default)
 
-    add("--max-tokens", int, "N", f"at most so many tokens a prompt ({max_tokens})", max_tokens)
+    add("--max-tokens", int, "N", f"at most so many tokens an answer ({max_tokens})", max_tokens)
     add("--min-tokens", int, "N", "no end before so many tokens (0)")
     add("--temperature", float, "X", "0 takes the likeliest token, higher is more random (1.0)")
     add("--top-k", int, "K", "only the K likeliest tokens (0: all)")
@@ -228,11 +236,12 @@ def _add_revision(group: argparse._ActionsContainer) -> None:
     )
 
 
-def _add_engine(parser: argparse.ArgumentParser) -> None:
+def _add_engine(parser: argparse.ArgumentParser, *, without: SequenceOf[str] = ()) -> None:
     group = parser.add_argument_group("engine", "What is not given is chosen by device and memory.")
 
     def add(flag: str, kind: type, metavar: str, text: str) -> None:
-        group.add_argument(flag, type=kind, metavar=metavar, help=text)
+        if flag not in without:
+            group.add_argument(flag, type=kind, metavar=metavar, help=text)
 
     add("--block-size", int, "N", "token positions a block: a power of two from 8 to 128 (16)")
     add("--num-blocks", int, "N", "blocks in the pool")

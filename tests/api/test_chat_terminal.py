@@ -65,10 +65,28 @@ def terminal(tiny_model_dir: pathlib.Path, tmp_path: pathlib.Path) -> Iterator[T
     folder = shutil.copytree(tiny_model_dir, tmp_path / "talkative")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2**16}))
-    options = ("--num-blocks=4200", "--max-tokens=30000", "--ignore-eos", "--seed=1")
+    options = ("--max-model-len=40000", "--max-tokens=30000", "--ignore-eos", "--seed=1")
     terminal = Terminal("chat", str(folder), *options)
     yield terminal
     terminal.close()
+
+
+def test_ctrl_c_at_the_prompt_clears_the_line_and_two_in_an_answer_end_nothing(
+    terminal: Terminal,
+):
+    terminal.until("\n> ")
+    terminal.type("the sea\n")
+    terminal.until("the sea\r\n")
+    terminal.until(" ")
+    terminal.type(CTRL_C)
+    terminal.type(CTRL_C)
+    terminal.until("\n> ")
+    terminal.type("half a line")
+    terminal.until("half a line")
+    terminal.type(CTRL_C)
+    terminal.until("\n> ")
+    terminal.type("/exit\n")
+    assert terminal.process.wait(PATIENCE_S) == 0
 
 
 def test_ctrl_c_stops_the_answer_alone_and_ctrl_d_ends_the_conversation(terminal: Terminal):
