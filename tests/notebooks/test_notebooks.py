@@ -2,12 +2,15 @@
 
 import ast
 import base64
+import importlib.machinery
 import importlib.util
 import io
 import json
 import os
 import pathlib
 import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 
@@ -21,7 +24,7 @@ from jpaged import marks
 FOLDER = pathlib.Path(__file__).parents[2] / "colab"
 NOTEBOOKS = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
 FRONT_DOORS = {"jpaged", "jpaged_models", "pallas_kernels"}
-OF_TRAINING = {"jpaged_models.bpe", "jpaged_models.training"}
+OF_TRAINING = {"jpaged_models.bpe", "jpaged_models.dense", "jpaged_models.training"}
 MAX_LINES = 25  # of a cell, but for the one that installs
 SECONDS = 300  # for a whole notebook, on two cores
 
@@ -44,6 +47,20 @@ def test_first_code_cell_is_the_same_in_all(name: str):
     install = code_cells(read(name))[0].source
     assert "all_in_place" in install
     assert install == code_cells(read("quickstart"))[0].source
+
+
+def test_matplotlib_alone_is_installed_where_it_alone_is_missing(monkeypatch: pytest.MonkeyPatch):
+    find_spec, commands = importlib.util.find_spec, []
+
+    def without_matplotlib(name: str) -> importlib.machinery.ModuleSpec | None:
+        return None if name == "matplotlib" else find_spec(name)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without_matplotlib)
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: commands.append(command))
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    monkeypatch.setattr(pathlib.Path, "glob", lambda *_: [])  # no TPU either
+    exec(code_cells(read("quickstart"))[0].source, {})
+    assert [command[-1] for command in commands] == ["matplotlib>=3.9"]
 
 
 @every_notebook
@@ -114,13 +131,18 @@ def test_trained_model_answers_better_after_updates(
     assert before < 30
     assert after > 60
     assert "0 programs compiled meanwhile" in text
+    found = re.search(r"mean reward (\d+) % -> (\d+) %", text)
+    assert found is not None
+    assert int(found[2]) > int(found[1]) + 15
 
 
 @pytest.mark.notebooks
 @pytest.mark.timeout(SECONDS)
 @needs_default_model
 def test_benchmark_runs_and_draws(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
-    executed("benchmark", tmp_path, monkeypatch)
+    notebook = executed("benchmark", tmp_path, monkeypatch)
+    text = "".join(printed(cell) for cell in code_cells(notebook))
+    assert text.count("24 of 24 tokens are the engine's") == 2
 
 
 def test_figure_of_one_colour_is_refused():
