@@ -14,11 +14,14 @@ from collections.abc import Iterator
 import pytest
 
 CTRL_C, CTRL_D = "\x03", "\x04"
+ASKS = "\n> "
 PATIENCE_S = 120.0
-# A session of its own does not yet make a terminal's keys signals: the program must take it.
+# A session of its own does not yet make a terminal's keys signals: the program must take it. And
+# tests that run in the background are started with Ctrl-C ignored.
 COMMAND = """
-import fcntl, sys, termios
+import fcntl, signal, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from jpaged.cli import main
 sys.exit(main())
 """
@@ -40,15 +43,28 @@ class Terminal:
         os.close(its)
         self._unread = ""
 
-    def until(self, words: str) -> str:
-        """What it says before these words."""
+    def until(self, words: str) -> None:
+        """Reads up to these words."""
+        assert self._says(words, PATIENCE_S), f"waited for {words!r}; it said {self._unread!r}"
+        self._unread = self._unread.partition(words)[2]
+
+    def interrupt(self) -> None:
+        """Ctrl-C until it asks again: input() misses a signal that comes just before it waits."""
         end = time.monotonic() + PATIENCE_S
+        self.type(CTRL_C)
+        while not self._says(ASKS, 2.0):
+            assert time.monotonic() < end, f"it does not ask again; it said {self._unread!r}"
+            self.type(CTRL_C)
+        self.until(ASKS)
+
+    def _says(self, words: str, seconds: float) -> bool:
+        end = time.monotonic() + seconds
         while words not in self._unread:
             ready, _, _ = select.select([self._fd], [], [], max(end - time.monotonic(), 0))
-            assert ready, f"waited for {words!r}; it said {self._unread!r}"
+            if not ready:
+                return False
             self._unread += os.read(self._fd, 4096).decode(errors="replace")
-        before, _, self._unread = self._unread.partition(words)
-        return before
+        return True
 
     def type(self, text: str) -> None:
         os.write(self._fd, text.encode())
@@ -74,30 +90,28 @@ def terminal(tiny_model_dir: pathlib.Path, tmp_path: pathlib.Path) -> Iterator[T
 def test_ctrl_c_at_the_prompt_clears_the_line_and_two_in_an_answer_end_nothing(
     terminal: Terminal,
 ):
-    terminal.until("\n> ")
+    terminal.until(ASKS)
     terminal.type("the sea\n")
     terminal.until("the sea\r\n")
     terminal.until(" ")
     terminal.type(CTRL_C)
-    terminal.type(CTRL_C)
-    terminal.until("\n> ")
+    terminal.interrupt()
+    terminal.interrupt()
     terminal.type("half a line")
     terminal.until("half a line")
-    terminal.type(CTRL_C)
-    terminal.until("\n> ")
+    terminal.interrupt()
     terminal.type("/exit\n")
     assert terminal.process.wait(PATIENCE_S) == 0
 
 
 def test_ctrl_c_stops_the_answer_alone_and_ctrl_d_ends_the_conversation(terminal: Terminal):
     terminal.until("Ctrl-C stops an answer")
-    terminal.until("\n> ")
+    terminal.until(ASKS)
     for question in ("the sea", "the sun"):
         terminal.type(question + "\n")
         terminal.until(question + "\r\n")  # the terminal's echo
         terminal.until(" ")  # an answer has begun
-        terminal.type(CTRL_C)
-        terminal.until("\n> ")
+        terminal.interrupt()
         assert terminal.process.poll() is None
     terminal.type(CTRL_D)
     assert terminal.process.wait(PATIENCE_S) == 0

@@ -115,6 +115,14 @@ def test_all_is_generated_few_at_a_time(llm: LLM):
     assert "0 in use (0 shared)" in said(of)
 
 
+@pytest.fixture
+def _heard() -> Iterator[None]:
+    """Ctrl-C is heard, as at a terminal; tests that run in the background begin with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupt_in_step(monkeypatch: pytest.MonkeyPatch, *, step: int, times: int) -> None:
     step_of, steps = LLM.step, itertools.count(1)
 
@@ -134,6 +142,7 @@ def endless(max_tokens: int = 9) -> top_load.Load:
     )
 
 
+@pytest.mark.usefixtures("_heard")
 def test_ctrl_c_ends_it_and_the_last_drawing_stays(llm: LLM, monkeypatch: pytest.MonkeyPatch):
     interrupt_in_step(monkeypatch, step=7, times=1)
     of, before = console(), signal.getsignal(signal.SIGINT)
@@ -144,6 +153,7 @@ def test_ctrl_c_ends_it_and_the_last_drawing_stays(llm: LLM, monkeypatch: pytest
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.usefixtures("_heard")
 def test_a_second_ctrl_c_interrupts_at_once(llm: LLM, monkeypatch: pytest.MonkeyPatch):
     interrupt_in_step(monkeypatch, step=3, times=2)
     before = signal.getsignal(signal.SIGINT)
