@@ -193,32 +193,23 @@ def _latency(report: dict) -> Iterator[Row]:
 
 def _long_context(report: dict) -> Iterator[Row]:
     for found in report["results"]:
-        yield Row(
-            f"a two-layer model behind {found['context']:,} tokens: ms a decoded token",
-            f"{found['decode_ms']:.2f}, temporaries {found['temporary_bytes'] / 1e6:.2f} MB",
-            "",
-            "",
-            report["date"],
-        )
+        what = f"a two-layer model behind {found['context']:,} tokens: ms a decoded token"
+        temporaries = f"temporaries {found['temporary_bytes'] / 1e6:.2f} MB"
+        yield _ours(what, f"{found['decode_ms']:.2f}, {temporaries}", report)
 
 
 def _startup(report: dict) -> Iterator[Row]:
-    for kind, what in (("cold_s", "nothing cached"), ("cached_s", "programs cached")):
-        yield Row(
-            f"seconds from `python` to the first token, {what}",
-            f"{report[kind]:.1f}",
-            "",
-            "",
-            report["date"],
-        )
+    for kind, state in (("cold_s", "nothing cached"), ("cached_s", "programs cached")):
+        what = f"seconds from `python` to the first token, {state}"
+        yield _ours(what, f"{report[kind]:.1f}", report)
 
 
 def _load_memory(report: dict) -> Iterator[Row]:
     for found in report["rows"]:
-        yield Row(
-            f"host memory while weights load, {found['form']}, {found['dtype']}",
-            f"{found['ratio']:.2f} times the weights",
-            "",
-            "",
-            report["date"],
-        )
+        what = f"host memory while weights load, {found['form']}, {found['dtype']}"
+        yield _ours(what, f"{found['ratio']:.2f} times the weights", report)
+
+
+def _ours(what: str, figure: str, report: dict) -> Row:
+    """A figure that an unpaged model has no match for."""
+    return Row(what, figure, "", "", report["date"])

@@ -18,17 +18,17 @@ import time
 from typing import IO
 
 from benchmarks.measure import host_provenance
+from benchmarks.process_memory import memory_bytes
 
 BAR = 1.2  # peak over weights
 DTYPES = ("float32", "bfloat16")
 LOOK_EVERY_S = 0.001
-STATUS = pathlib.Path("/proc/self/status")
 
 
 def main() -> None:
     """Prints a table for people and, last, one JSON line."""
     options = _options()
-    if not STATUS.exists():
+    if memory_bytes("RssAnon") is None:
         sys.exit("benchmarks.load_memory: expected a system with /proc, which tells memory by kind")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -82,16 +82,14 @@ def _line(stream: IO[str]) -> str:
 
 def _anonymous_bytes(pid: int) -> int:
     """Of a process; 0 for one that has ended and still waits to be asked how."""
-    status = pathlib.Path(f"/proc/{pid}/status").read_text()
-    fields = dict(line.split(":", 1) for line in status.splitlines())
-    return int(fields["RssAnon"].split()[0]) * 1024 if "RssAnon" in fields else 0
+    return memory_bytes("RssAnon", pid) or 0
 
 
 def _convert(model: str | None, directory: str, dtype: str) -> None:
-    convert = (
-        f"from jpaged.convert import convert; convert({model!r}, {directory!r}, dtype={dtype!r})"
-    )
-    subprocess.run([sys.executable, "-c", convert], check=True)  # not here: JAX may have one owner
+    source = [] if model is None else [model]
+    convert = [sys.executable, "-m", "jpaged.cli", "convert", *source, directory, "--dtype", dtype]
+    # Not here, where JAX may have one owner; what it prints is not ours.
+    subprocess.run(convert, stdout=subprocess.DEVNULL, check=True)
 
 
 def _options() -> argparse.Namespace:

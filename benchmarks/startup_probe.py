@@ -4,9 +4,10 @@ It imports nothing before the clock runs that jax or jpaged would import.
 """
 
 import json
-import pathlib
 import sys
 import time
+
+from benchmarks.process_memory import memory_bytes
 
 
 def main(options: dict) -> None:
@@ -36,19 +37,10 @@ def main(options: dict) -> None:
         "lazy_compiles": stats.lazy_compiles,
         "weights_bytes": sum(leaf.nbytes for leaf in runner.params),
         "pool_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(runner.pool)),
-        "peak_rss_bytes": _peak_rss_bytes(),
+        "peak_rss_bytes": memory_bytes("VmHWM"),
         "model": llm.model_source,
     }
     print(json.dumps(figures))
-
-
-def _peak_rss_bytes() -> int | None:
-    """This process's own peak, where the system tells it: `getrusage` counts its parent's too."""
-    status = pathlib.Path("/proc/self/status")
-    if not status.exists():
-        return None
-    lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-    return int(lines["VmHWM"].split()[0]) * 1024
 
 
 if __name__ == "__main__":

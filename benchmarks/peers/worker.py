@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, TypedDict
 
 from benchmarks.others import OthersShare
+from benchmarks.process_memory import memory_bytes
 
 Request = tuple[list[int], int]  # a prompt's token ids, and how many tokens must follow
 WARM_UP: list[Request] = [([7] * 300, 8), ([9] * 40, 8), ([11] * 20, 8)]
@@ -94,18 +95,10 @@ def _timed(side: Side, waves: list[list[Request]]) -> dict:
         "seconds": seconds,
         "others_share": share,
         "token_ids": token_ids,
-        "peak_rss_bytes": sum(map(_peak_rss, processes)),
+        "peak_rss_bytes": sum(memory_bytes("VmHWM", process) or 0 for process in processes),
     }
 
 
 def _forget_peak(process_id: int) -> None:
     with contextlib.suppress(OSError):  # not Linux, or not allowed: the peak since its start
         pathlib.Path(f"/proc/{process_id}/clear_refs").write_text("5")
-
-
-def _peak_rss(process_id: int) -> int:
-    status = pathlib.Path(f"/proc/{process_id}/status")
-    if not status.exists():
-        return 0
-    lines = status.read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))

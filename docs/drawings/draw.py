@@ -192,9 +192,9 @@ def steps() -> str:
 
 def figures() -> str:
     """What was measured: equal bytes, equal batch, one user."""
-    sides = _result("2026-11-26-cpu-throughput.json")["sides"]
+    sides = _newest("throughput")["sides"]
     rates = {name: side["tokens_per_s"] for name, side in sides.items()}
-    steps_of = _result("2026-11-27-cpu-step.json")["results"]
+    steps_of = _newest("step")["results"]
     by_shape = {(row["batch"], row["context"]): 1 / row["ratio"] for row in steps_of}
     groups = [
         (
@@ -233,8 +233,10 @@ def figures() -> str:
     return svg.drawing("figures", title, y + 24, pieces)
 
 
-def _result(name: str) -> dict:
-    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+def _newest(benchmark: str) -> dict:
+    """Its last result on a CPU in float32: names of files begin with dates."""
+    last = max(RESULTS.glob(f"*-cpu-{benchmark}.json"))
+    return json.loads(last.read_text(encoding="utf-8"))
 
 
 def _slots(x: float, y: float) -> str:
